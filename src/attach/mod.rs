@@ -1,0 +1,1 @@
+//! Attaching: how a kernel or a VMM sees a device.

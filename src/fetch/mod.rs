@@ -1,0 +1,1 @@
+//! Fetching: a miss becomes verified bytes.

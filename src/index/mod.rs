@@ -1,0 +1,1 @@
+//! The index: a device's description on disk.

@@ -1,0 +1,3 @@
+//! The program `firstread`.
+
+fn main() {}

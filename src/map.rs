@@ -1,0 +1,1 @@
+//! The map: device ranges to extents.

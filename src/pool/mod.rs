@@ -1,0 +1,1 @@
+//! The pool: verified chunks kept locally, shared by all images of a node.

@@ -1,0 +1,1 @@
+//! Sources: where stored bytes come from. Untrusted.

@@ -1,0 +1,1 @@
+//! System calls that need `unsafe`; the only place where it is allowed.

@@ -1,0 +1,3 @@
+//! The program `firstread-build`.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The builder: file systems and images become firstread images.
