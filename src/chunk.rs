@@ -42,12 +42,8 @@ impl Digest {
     /// The 64 lower-case hexadecimal digits, without an algorithm prefix.
     #[must_use]
     pub fn hex(&self) -> String {
-        const DIGITS: [char; 16] =
-            ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f'];
-        self.0
-            .iter()
-            .flat_map(|byte| [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]])
-            .collect()
+        const DIGITS: [char; 16] = ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f'];
+        self.0.iter().flat_map(|byte| [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]).collect()
     }
 }
 
@@ -195,7 +191,14 @@ mod tests {
 
     #[test]
     fn malformed_digests_are_refused() {
-        for text in ["", "sha256:", "sha256:zz", "md5:00", &format!("sha256:{}", "A".repeat(64)), &format!("sha256:{}", "é".repeat(32))] {
+        for text in [
+            "",
+            "sha256:",
+            "sha256:zz",
+            "md5:00",
+            &format!("sha256:{}", "A".repeat(64)),
+            &format!("sha256:{}", "é".repeat(32)),
+        ] {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }
     }
@@ -204,6 +207,9 @@ mod tests {
     fn only_matching_bytes_are_verified() {
         let digest = Digest::of(b"right");
         assert_eq!(verify(&digest, b"right".to_vec()).map(|v| v.bytes().to_vec()), Ok(b"right".to_vec()));
-        assert_eq!(verify(&digest, b"wrong".to_vec()).map(|_| ()), Err(Mismatch { expected: digest, found: Digest::of(b"wrong") }));
+        assert_eq!(
+            verify(&digest, b"wrong".to_vec()).map(|_| ()),
+            Err(Mismatch { expected: digest, found: Digest::of(b"wrong") })
+        );
     }
 }

@@ -114,7 +114,9 @@ impl Error {
             Self::Unsupported(_) => Errno::OPNOTSUPP,
             Self::Busy(_) => Errno::BUSY,
             Self::Stopping(_) => Errno::SHUTDOWN,
-            Self::WrongBytes { .. } | Self::Unreachable { .. } | Self::Refused { .. } | Self::NotFound { .. } => Errno::IO,
+            Self::WrongBytes { .. } | Self::Unreachable { .. } | Self::Refused { .. } | Self::NotFound { .. } => {
+                Errno::IO
+            }
         };
         errno.raw_os_error()
     }

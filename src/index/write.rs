@@ -1,0 +1,138 @@
+//! Writing: records are collected in memory and written as one file.
+
+use zerocopy::IntoBytes;
+
+use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, Section};
+use super::{BLOCK, Blob, Extent, Role};
+use crate::chunk::{ChunkRef, Codec, Digest};
+use crate::error::{Error, Result};
+
+/// Collects the records of an index.
+#[derive(Default)]
+pub struct IndexWriter {
+    blobs: Vec<BlobRecord>,
+    chunks: Vec<ChunkRecord>,
+    extents: Vec<ExtentRecord>,
+    startup_extents: Vec<ExtentRecord>,
+    startup_order: Vec<u32>,
+}
+
+impl IndexWriter {
+    /// An index without records.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a blob and returns its number.
+    pub fn blob(&mut self, blob: &Blob) -> u32 {
+        let role = match blob.role {
+            Role::Pack => layout::ROLE_PACK,
+            Role::Startup => layout::ROLE_STARTUP,
+        };
+        self.blobs.push(BlobRecord {
+            digest: *blob.digest.as_bytes(),
+            bytes: blob.bytes.into(),
+            role,
+            reserved: [0; 7],
+        });
+        (self.blobs.len() - 1) as u32
+    }
+
+    /// Adds a chunk and returns its number.
+    pub fn chunk(&mut self, chunk: &ChunkRef) -> u32 {
+        let codec = match chunk.codec {
+            Codec::Plain => layout::CODEC_PLAIN,
+            Codec::Zstd => layout::CODEC_ZSTD,
+        };
+        self.chunks.push(ChunkRecord {
+            digest: *chunk.digest.as_bytes(),
+            offset: chunk.offset.into(),
+            blob: chunk.blob.into(),
+            stored_bytes: chunk.stored_len.into(),
+            plain_bytes: chunk.plain_len.into(),
+            codec,
+            reserved: [0; 11],
+        });
+        (self.chunks.len() - 1) as u32
+    }
+
+    /// Adds an extent; any order will do.
+    pub fn extent(&mut self, extent: Extent) {
+        self.extents.push(record(extent));
+    }
+
+    /// Adds a start-up extent; any order will do.
+    pub fn startup_extent(&mut self, extent: Extent) {
+        self.startup_extents.push(record(extent));
+    }
+
+    /// Appends a chunk number to the start-up order.
+    pub fn startup_order(&mut self, chunk: u32) {
+        self.startup_order.push(chunk);
+    }
+
+    /// The bytes of the index for a device of `device_bytes` with `file_system` on it (`ext4`, `raw`).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the result would not be a valid index: what is written can be read.
+    pub fn finish(mut self, device_bytes: u64, file_system: &str) -> Result<Vec<u8>> {
+        self.extents.sort_unstable_by_key(|record| record.block.get());
+        self.startup_extents.sort_unstable_by_key(|record| record.block.get());
+        let order: Vec<zerocopy::little_endian::U32> = self.startup_order.iter().map(|&chunk| chunk.into()).collect();
+        let mut sections: Vec<(u32, usize, &[u8])> = vec![
+            (layout::KIND_BLOBS, size_of::<BlobRecord>(), self.blobs.as_bytes()),
+            (layout::KIND_CHUNKS, size_of::<ChunkRecord>(), self.chunks.as_bytes()),
+            (layout::KIND_EXTENTS, size_of::<ExtentRecord>(), self.extents.as_bytes()),
+        ];
+        if !order.is_empty() {
+            sections.push((layout::KIND_STARTUP_EXTENTS, size_of::<ExtentRecord>(), self.startup_extents.as_bytes()));
+            sections.push((layout::KIND_STARTUP_ORDER, size_of::<u32>(), order.as_bytes()));
+        }
+        let header_bytes = (size_of::<Header>() + sections.len() * size_of::<Section>()) as u32;
+        let mut name = [0; 16];
+        name.get_mut(..file_system.len())
+            .ok_or_else(|| Error::invalid("file system name", format!("{file_system:?} has more than 16 bytes")))?
+            .copy_from_slice(file_system.as_bytes());
+        let header = Header {
+            magic: layout::MAGIC,
+            version: layout::VERSION.into(),
+            header_bytes: header_bytes.into(),
+            device_bytes: device_bytes.into(),
+            block_bytes: BLOCK.into(),
+            sections: (sections.len() as u32).into(),
+            file_system: name,
+            reserved: [0; 16],
+        };
+        let total = header_bytes as usize + sections.iter().map(|(_, _, content)| content.len()).sum::<usize>();
+        let mut bytes = Vec::with_capacity(total);
+        bytes.extend_from_slice(header.as_bytes());
+        let mut offset = u64::from(header_bytes);
+        for (kind, record_bytes, content) in &sections {
+            let section = Section {
+                kind: (*kind).into(),
+                record_bytes: (*record_bytes as u32).into(),
+                offset: offset.into(),
+                bytes: (content.len() as u64).into(),
+                reserved: 0.into(),
+                digest: *Digest::of(content).as_bytes(),
+            };
+            bytes.extend_from_slice(section.as_bytes());
+            offset += content.len() as u64;
+        }
+        for (_, _, content) in &sections {
+            bytes.extend_from_slice(content);
+        }
+        super::Index::from_bytes(bytes.clone())?;
+        Ok(bytes)
+    }
+}
+
+fn record(extent: Extent) -> ExtentRecord {
+    ExtentRecord {
+        block: extent.block.into(),
+        blocks: extent.blocks.into(),
+        chunk: extent.chunk.into(),
+        offset: extent.offset.into(),
+    }
+}
