@@ -1,0 +1,379 @@
+# shellcheck shell=bash
+# Shell functions of the demo, the benchmark and the tests: a private registry, containerd and shaped network that are
+# taken down again on every way out. Source it, then call `begin NAME`. Nothing here touches the machine's own network,
+# containerd or registry: both ends of the network are namespaces, and all state is below one temporary directory.
+#
+# Functions that start something set variables instead of printing, so that they run in the caller's shell and their
+# undoing lands on its stack.
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+TARGET=${CARGO_TARGET_DIR:-$REPO/target}
+ORIGIN_IP=10.213.77.1 # the registry's end, inside its own namespace
+NODE_IP=10.213.77.2
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+
+need_root() { [ "$(id -u)" = 0 ] || die "needs root: it makes network namespaces and mounts"; }
+
+need_tools() {
+    local tool missing=()
+    for tool in "$@"; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+    [ ${#missing[@]} = 0 ] || die "missing: ${missing[*]}; run scripts/setup"
+}
+
+# --- cleanup stack -------------------------------------------------------------------------------------------------
+
+CLEANUP=()
+# defer CMD ARG…: runs at exit, last one first, whatever the exit.
+defer() {
+    local line
+    printf -v line '%q ' "$@"
+    CLEANUP+=("$line")
+}
+
+# begin NAME: makes $WORK and $LOGS and arms the cleanup.
+begin() {
+    WORK=$(mktemp -d "${TMPDIR:-/tmp}/firstread-$1-XXXXXX")
+    LOGS=$WORK/log
+    mkdir "$LOGS"
+    trap finish EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    trap 'exit 129' HUP
+}
+
+finish() {
+    local rc=$? i
+    trap - EXIT
+    trap '' INT TERM HUP
+    set +e
+    for ((i = ${#CLEANUP[@]} - 1; i >= 0; i--)); do eval "${CLEANUP[i]}" >>"$LOGS/cleanup.log" 2>&1; done
+    release_under "$WORK" >>"$LOGS/cleanup.log" 2>&1
+    if [ "$rc" -eq 0 ] || [ "$rc" -eq 130 ]; then
+        rm -rf --one-file-system "$WORK"
+    else
+        # Only the logs are worth keeping.
+        find "$WORK" -mindepth 1 -maxdepth 1 -not -path "$LOGS" -exec rm -rf --one-file-system {} +
+        echo "failed (exit $rc); logs: $LOGS" >&2
+    fi
+    exit "$rc"
+}
+
+# Ends one process that this script started: asks, waits five seconds, insists.
+stop_pid() {
+    local pid=$1 i
+    kill -TERM "$pid" 2>/dev/null || return 0
+    for ((i = 0; i < 50; i++)); do
+        kill -0 "$pid" 2>/dev/null || return 0
+        # A zombie of ours is gone as well.
+        [ "$(awk '{print $3}' "/proc/$pid/stat" 2>/dev/null)" != Z ] || return 0
+        sleep 0.1
+    done
+    kill -KILL "$pid" 2>/dev/null || true
+}
+
+# Undoes every mount and loop device below a directory. Loop devices go asynchronously, hence the retries.
+release_under() {
+    local dir=$1 try point loop back
+    for try in 1 2 3 4 5; do
+        while IFS= read -r point; do
+            umount "$point" 2>/dev/null || { [ "$try" -lt 4 ] || umount -l "$point"; }
+        done < <(awk -v d="$dir/" 'index($5 "/", d) == 1 {print $5}' /proc/self/mountinfo | sort -r)
+        while read -r loop back; do
+            case $back in "$dir"/*) losetup -d "$loop" 2>/dev/null ;; esac
+        done < <(losetup -n -O NAME,BACK-FILE 2>/dev/null)
+        awk -v d="$dir/" 'index($5 "/", d) == 1 {found = 1} END {exit !found}' /proc/self/mountinfo || return 0
+        sleep 0.3
+    done
+}
+
+# --- time ----------------------------------------------------------------------------------------------------------
+
+now() { echo "${EPOCHREALTIME/,/.}"; }
+since() { awk -v a="$1" -v b="$(now)" 'BEGIN {printf "%.3f", b - a}'; }
+calc() { awk "BEGIN {printf \"${2:-%.3f}\", $1}"; }
+mb() { calc "$1 / 1e6" "%.1f"; }
+
+# wait_for SECONDS CMD…: until the command succeeds.
+wait_for() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        [ "$SECONDS" -lt "$end" ] || return 1
+        sleep 0.05
+    done
+}
+
+drop_caches() {
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+}
+
+# until_ready START LOG CMD…: runs the command to its end; $READY is the time from START to its line "ready …".
+until_ready() {
+    local start=$1 log=$2 line
+    shift 2
+    rm -f "$WORK/ready"
+    "$@" 2>>"$log" | while IFS= read -r line; do
+        case $line in ready*) since "$start" >"$WORK/ready" ;; esac
+        echo "$line" >>"$log"
+    done
+    [ -s "$WORK/ready" ] || { echo "no ready line; see $log" >&2; return 1; }
+    READY=$(cat "$WORK/ready")
+}
+
+# --- network -------------------------------------------------------------------------------------------------------
+
+# make_network: two namespaces, $ORIGIN (the registry's) and $NODE (the container machine's), joined by a cable.
+make_network() {
+    ORIGIN=fr-origin-$$
+    NODE=fr-node-$$
+    local ns
+    for ns in "$ORIGIN" "$NODE"; do
+        ip netns add "$ns"
+        defer ip netns del "$ns"
+        ip -n "$ns" link set lo up
+    done
+    ip -n "$ORIGIN" link add cable type veth peer name cable netns "$NODE"
+    ip -n "$ORIGIN" addr add "$ORIGIN_IP/30" dev cable
+    ip -n "$NODE" addr add "$NODE_IP/30" dev cable
+    ip -n "$ORIGIN" link set cable up
+    ip -n "$NODE" link set cable up
+}
+
+# shape RATE: limits the cable in both directions (100mbit, 1gbit, …); `shape off` takes the limit away.
+shape() {
+    local ns
+    for ns in "$ORIGIN" "$NODE"; do
+        tc -n "$ns" qdisc del dev cable root 2>/dev/null || true
+        [ "$1" = off ] || tc -n "$ns" qdisc add dev cable root tbf rate "$1" burst 128kb latency 100ms
+    done
+}
+
+# Runs a command in a namespace's network only: `ip netns exec` would hide the mounts that it makes.
+in_ns() {
+    local ns=$1
+    shift
+    nsenter "--net=/run/netns/$ns" -- "$@"
+}
+
+# What the node has received so far, in bytes of Ethernet frames.
+node_received() { in_ns "$NODE" awk '$1 == "cable:" {print $2}' /proc/net/dev; }
+
+# --- registry ------------------------------------------------------------------------------------------------------
+
+# start_registry: docker-registry on loopback, or, after make_network, in the origin's namespace. Sets
+#   $REGISTRY        HOST:PORT beside it (loopback), for pushing and converting
+#   $REGISTRY_NODE   HOST:PORT from the node
+#   $REGISTRY_DATA   its storage; its log, with one line a request, is $LOGS/registry.log
+start_registry() {
+    local addr=127.0.0.1:0 run=()
+    if [ -n "${ORIGIN:-}" ]; then
+        addr=0.0.0.0:5000
+        run=(nsenter "--net=/run/netns/$ORIGIN" --)
+    fi
+    REGISTRY_DATA=$WORK/registry
+    mkdir -p "$REGISTRY_DATA"
+    cat >"$WORK/registry.yml" <<YML
+version: 0.1
+log: {level: info, accesslog: {disabled: true}}
+storage: {filesystem: {rootdirectory: $REGISTRY_DATA}, delete: {enabled: true}}
+http: {addr: "$addr"}
+YML
+    "${run[@]}" docker-registry serve "$WORK/registry.yml" >"$LOGS/registry.log" 2>&1 &
+    REGISTRY_PID=$!
+    defer stop_pid "$REGISTRY_PID"
+    wait_for 10 grep -q 'listening on' "$LOGS/registry.log" || die "docker-registry did not start: $(tail -n 1 "$LOGS/registry.log")"
+    local port
+    port=$(sed -n 's/.*listening on [^ "]*:\([0-9]*\).*/\1/p' "$LOGS/registry.log" | head -n 1)
+    REGISTRY=127.0.0.1:$port
+    REGISTRY_NODE=$REGISTRY
+    [ -z "${ORIGIN:-}" ] || REGISTRY_NODE=$ORIGIN_IP:$port
+}
+
+# Runs a command where the registry is on loopback.
+at_registry() {
+    if [ -n "${ORIGIN:-}" ]; then in_ns "$ORIGIN" "$@"; else "$@"; fi
+}
+
+# push_layout LAYOUT REPOSITORY:TAG, unchanged.
+push_layout() {
+    at_registry skopeo copy --quiet --preserve-digests --dest-tls-verify=false "oci:$1:latest" "docker://$REGISTRY/$2" \
+        >>"$LOGS/push.log" 2>&1
+}
+
+# push_blob FILE REPOSITORY: any file as a blob of the registry, for clients of plain HTTP. Sets $BLOB_PATH.
+push_blob() {
+    local digest location
+    digest=sha256:$(sha256sum "$1" | cut -d' ' -f1)
+    location=$(at_registry curl -sS -i -X POST "http://$REGISTRY/v2/$2/blobs/uploads/" | tr -d '\r' | sed -n 's/^[Ll]ocation: //p')
+    at_registry curl -sS --fail -o /dev/null -X PUT -H 'Content-Type: application/octet-stream' -T "$1" "$location&digest=$digest"
+    BLOB_PATH=/v2/$2/blobs/$digest
+}
+
+# Where the registry keeps a blob.
+blob_file() { echo "$REGISTRY_DATA/docker/registry/v2/blobs/sha256/$(cut -c8-9 <<<"$1")/${1#sha256:}/data"; }
+
+# The sum of the layers of an image in a layout, as stored.
+layout_bytes() {
+    local blobs=$1/blobs/sha256 manifest
+    manifest=$(jq -r '.manifests[0].digest' "$1/index.json")
+    jq '[.layers[].size] | add' "$blobs/${manifest#sha256:}"
+}
+
+# --- containerd ----------------------------------------------------------------------------------------------------
+
+# start_containerd: a private one (in the node's namespace if there is a network). $CTR is its client as an array.
+start_containerd() {
+    local run=() dir=$WORK/containerd
+    [ -z "${NODE:-}" ] || run=(nsenter "--net=/run/netns/$NODE" --)
+    mkdir -p "$dir"
+    cat >"$dir/config.toml" <<TOML
+version = 2
+root = "$dir/root"
+state = "$dir/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp",
+  "io.containerd.internal.v1.tracing"]
+[grpc]
+address = "$dir/sock"
+[ttrpc]
+address = "$dir/sock.ttrpc"
+TOML
+    "${run[@]}" containerd -c "$dir/config.toml" >"$LOGS/containerd.log" 2>&1 &
+    CONTAINERD_PID=$!
+    defer stop_containerd
+    CTR=("${run[@]}" ctr -a "$dir/sock")
+    wait_for 20 "${CTR[@]}" version || die "containerd did not start: $(tail -n 1 "$LOGS/containerd.log")"
+}
+
+stop_containerd() {
+    local id
+    for id in $("${CTR[@]}" task ls -q); do "${CTR[@]}" task kill -s KILL "$id"; done
+    for id in $("${CTR[@]}" task ls -q); do "${CTR[@]}" task rm -f "$id"; done
+    for id in $("${CTR[@]}" containers ls -q); do "${CTR[@]}" containers rm "$id"; done
+    stop_pid "$CONTAINERD_PID"
+}
+
+# Forgets an image and everything that was pulled for it.
+forget_image() {
+    "${CTR[@]}" image rm --sync "$1" >/dev/null 2>&1 || true
+    "${CTR[@]}" content prune references >/dev/null 2>&1 || true
+}
+
+# --- the application -----------------------------------------------------------------------------------------------
+
+# chroot_app ROOT: the demo image's entry point over a root file system mounted at ROOT, as its config says: in a
+# writable overlay, as nobody. Mounts stay until release_under.
+chroot_app() {
+    local root=$1 over
+    over=$(mktemp -d "$WORK/overlay-XXXXXX")
+    mkdir "$over/upper" "$over/work" "$over/merged"
+    mount -t overlay firstread-run -o "lowerdir=$root,upperdir=$over/upper,workdir=$over/work" "$over/merged"
+    # No name is looked up: the numbers are nobody's and nogroup's.
+    chroot --userspec=65534:65534 --groups=65534 "$over/merged" /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1 \
+        PYTHONDONTWRITEBYTECODE=1 python3 /app/main.py
+}
+
+# --- firstread -----------------------------------------------------------------------------------------------------
+
+# The program under test, as it is on disk (FIRSTREAD overrides).
+FIRSTREAD=${FIRSTREAD:-$TARGET/release/firstread}
+
+# use_node NAME: a fresh node: own pool, own daemon. `fr VERB…` speaks to it in the node's network.
+use_node() {
+    FR_DIR=$WORK/node-$1
+    mkdir -p "$FR_DIR/root" "$FR_DIR/run"
+    defer stop_node "$FR_DIR"
+}
+fr() {
+    local run=()
+    [ -z "${NODE:-}" ] || run=(nsenter "--net=/run/netns/$NODE" --)
+    "${run[@]}" "$FIRSTREAD" --root "$FR_DIR/root" --run "$FR_DIR/run" "$@"
+}
+stop_node() {
+    [ ! -d "$1" ] || "$FIRSTREAD" --root "$1/root" --run "$1/run" stop >>"$LOGS/stop.log" 2>&1 || true
+}
+# drop_node: stops it and forgets its pool.
+drop_node() {
+    release_under "$FR_DIR"
+    stop_node "$FR_DIR"
+    rm -rf --one-file-system "$FR_DIR"
+}
+# The daemon's process id: the one whose command line names our run directory and the verb daemon.
+daemon_pid() {
+    local dir
+    for dir in /proc/[0-9]*; do
+        if tr '\0' ' ' <"$dir/cmdline" 2>/dev/null | grep -q "firstread.*$FR_DIR.*daemon\|firstread.*daemon.*$FR_DIR"; then
+            echo "${dir#/proc/}"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# --- the measured starts -------------------------------------------------------------------------------------------
+# Each begins with nothing local and dropped caches, and sets $READY (seconds from the first request to the ready line)
+# and $RECEIVED (bytes that crossed the cable until then).
+
+# start_full REPOSITORY:TAG: containerd pulls everything, unpacks, runs.
+start_full() {
+    local ref=$REGISTRY_NODE/$1 before start
+    forget_image "$ref"
+    drop_caches
+    before=$(node_received)
+    start=$(now)
+    until_ready "$start" "$LOGS/full.log" pull_and_run "$ref"
+    RECEIVED=$(($(node_received) - before))
+}
+pull_and_run() {
+    "${CTR[@]}" image pull --plain-http "$1" >>"$LOGS/pull.log" 2>&1
+    PULLED=$(now)
+    echo "$PULLED" >"$WORK/pulled"
+    "${CTR[@]}" run --rm --net-host "$1" "app-$RANDOM$RANDOM"
+}
+
+# start_lazy REPOSITORY:TAG: firstread mounts, the application runs over the mount. Leaves the mount at $MOUNT, in the
+# node's state $FR_DIR; its description is in $WORK/mount.json.
+start_lazy() {
+    local ref=$REGISTRY_NODE/$1 before start
+    use_node "lazy-$RANDOM"
+    MOUNT=$FR_DIR/mnt
+    mkdir "$MOUNT"
+    drop_caches
+    before=$(node_received)
+    start=$(now)
+    until_ready "$start" "$LOGS/lazy.log" mount_and_run "$ref"
+    RECEIVED=$(($(node_received) - before))
+}
+mount_and_run() {
+    fr mount --plain-http --json "$1" "$MOUNT" >"$WORK/mount.json" 2>>"$LOGS/mount.log"
+    chroot_app "$MOUNT"
+}
+
+# start_curl PATH: the root file system as a raw ext4 image behind plain HTTP, read by nbdkit's curl plugin.
+start_curl() {
+    local dir before start
+    dir=$(mktemp -d "$WORK/curl-XXXXXX")
+    mkdir "$dir/mnt"
+    drop_caches
+    before=$(node_received)
+    start=$(now)
+    until_ready "$start" "$LOGS/curl.log" curl_and_run "$dir" "http://$REGISTRY_NODE$1"
+    RECEIVED=$(($(node_received) - before))
+    release_under "$WORK"
+    [ ! -s "$dir/nbdkit.pid" ] || stop_pid "$(cat "$dir/nbdkit.pid")"
+}
+curl_and_run() {
+    local loop
+    in_ns "$NODE" nbdkit --readonly --unix "$1/sock" --pidfile "$1/nbdkit.pid" curl "$2" >>"$LOGS/nbdkit.log" 2>&1
+    : >"$1/disk"
+    nbdfuse --readonly --pidfile "$1/nbdfuse.pid" "$1/disk" --unix "$1/sock" >>"$LOGS/nbdfuse.log" 2>&1 &
+    wait_for 20 test -s "$1/nbdfuse.pid"
+    loop=$(losetup --find --show --read-only "$1/disk")
+    mount -o ro,noload "$loop" "$1/mnt"
+    chroot_app "$1/mnt"
+}
