@@ -67,13 +67,20 @@ stop_pid() {
     local pid=$1 i
     kill -TERM "$pid" 2>/dev/null || return 0
     for ((i = 0; i < 50; i++)); do
-        kill -0 "$pid" 2>/dev/null || return 0
-        # A zombie of ours is gone as well.
-        [ "$(awk '{print $3}' "/proc/$pid/stat" 2>/dev/null)" != Z ] || return 0
+        alive "$pid" || return 0
         sleep 0.1
     done
     kill -KILL "$pid" 2>/dev/null || true
 }
+
+stop_pidfile() {
+    [ -s "$1" ] || return 0
+    stop_pid "$(cat "$1")"
+    rm -f "$1"
+}
+
+# A zombie does not count.
+alive() { kill -0 "$1" 2>/dev/null && [ "$(awk '{print $3}' "/proc/$1/stat" 2>/dev/null)" != Z ]; }
 
 # Undoes every mount and loop device below a directory. Loop devices go asynchronously, hence the retries.
 release_under() {
@@ -183,7 +190,8 @@ log: {level: info, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: $REGISTRY_DATA}, delete: {enabled: true}}
 http: {addr: "$addr"}
 YML
-    "${run[@]}" docker-registry serve "$WORK/registry.yml" >"$LOGS/registry.log" 2>&1 &
+    # A session of its own: Ctrl-C is for the script, which stops its servers in order.
+    setsid "${run[@]}" docker-registry serve "$WORK/registry.yml" >"$LOGS/registry.log" 2>&1 &
     REGISTRY_PID=$!
     defer stop_pid "$REGISTRY_PID"
     wait_for 10 grep -q 'listening on' "$LOGS/registry.log" || die "docker-registry did not start: $(tail -n 1 "$LOGS/registry.log")"
@@ -243,7 +251,7 @@ address = "$dir/sock"
 [ttrpc]
 address = "$dir/sock.ttrpc"
 TOML
-    "${run[@]}" containerd -c "$dir/config.toml" >"$LOGS/containerd.log" 2>&1 &
+    setsid "${run[@]}" containerd -c "$dir/config.toml" >"$LOGS/containerd.log" 2>&1 &
     CONTAINERD_PID=$!
     defer stop_containerd
     CTR=("${run[@]}" ctr -a "$dir/sock")
@@ -252,6 +260,7 @@ TOML
 
 stop_containerd() {
     local id
+    alive "$CONTAINERD_PID" || return 0
     for id in $("${CTR[@]}" task ls -q); do "${CTR[@]}" task kill -s KILL "$id"; done
     for id in $("${CTR[@]}" task ls -q); do "${CTR[@]}" task rm -f "$id"; done
     for id in $("${CTR[@]}" containers ls -q); do "${CTR[@]}" containers rm "$id"; done
@@ -359,13 +368,14 @@ start_curl() {
     local dir before start
     dir=$(mktemp -d "$WORK/curl-XXXXXX")
     mkdir "$dir/mnt"
+    defer stop_pidfile "$dir/nbdkit.pid"
     drop_caches
     before=$(node_received)
     start=$(now)
     until_ready "$start" "$LOGS/curl.log" curl_and_run "$dir" "http://$REGISTRY_NODE$1"
     RECEIVED=$(($(node_received) - before))
     release_under "$WORK"
-    [ ! -s "$dir/nbdkit.pid" ] || stop_pid "$(cat "$dir/nbdkit.pid")"
+    stop_pidfile "$dir/nbdkit.pid"
 }
 curl_and_run() {
     local loop
