@@ -50,6 +50,9 @@ finish() {
     trap - EXIT
     trap '' INT TERM HUP
     set +e
+    # Mounts first, then the daemons behind them, then what those need.
+    release_under "$WORK" >>"$LOGS/cleanup.log" 2>&1
+    for i in "$WORK"/node-*/; do stop_node "${i%/}"; done
     for ((i = ${#CLEANUP[@]} - 1; i >= 0; i--)); do eval "${CLEANUP[i]}" >>"$LOGS/cleanup.log" 2>&1; done
     release_under "$WORK" >>"$LOGS/cleanup.log" 2>&1
     if [ "$rc" -eq 0 ] || [ "$rc" -eq 130 ]; then
@@ -172,31 +175,33 @@ node_received() { in_ns "$NODE" awk '$1 == "cable:" {print $2}' /proc/net/dev; }
 
 # --- registry ------------------------------------------------------------------------------------------------------
 
-# start_registry: docker-registry on loopback, or, after make_network, in the origin's namespace. Sets
+# start_registry [NAME]: docker-registry on loopback, or, after make_network, in the origin's namespace. Sets
 #   $REGISTRY        HOST:PORT beside it (loopback), for pushing and converting
 #   $REGISTRY_NODE   HOST:PORT from the node
-#   $REGISTRY_DATA   its storage; its log, with one line a request, is $LOGS/registry.log
+#   $REGISTRY_DATA   its storage
+#   $REGISTRY_LOG    its log, with one line a request
 start_registry() {
-    local addr=127.0.0.1:0 run=()
+    local name=${1:-registry} addr=127.0.0.1:0 run=()
     if [ -n "${ORIGIN:-}" ]; then
         addr=0.0.0.0:5000
         run=(nsenter "--net=/run/netns/$ORIGIN" --)
     fi
-    REGISTRY_DATA=$WORK/registry
+    REGISTRY_DATA=$WORK/$name
+    REGISTRY_LOG=$LOGS/$name.log
     mkdir -p "$REGISTRY_DATA"
-    cat >"$WORK/registry.yml" <<YML
+    cat >"$WORK/$name.yml" <<YML
 version: 0.1
 log: {level: info, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: $REGISTRY_DATA}, delete: {enabled: true}}
 http: {addr: "$addr"}
 YML
     # A session of its own: Ctrl-C is for the script, which stops its servers in order.
-    setsid "${run[@]}" docker-registry serve "$WORK/registry.yml" >"$LOGS/registry.log" 2>&1 &
+    setsid "${run[@]}" docker-registry serve "$WORK/$name.yml" >"$REGISTRY_LOG" 2>&1 &
     REGISTRY_PID=$!
     defer stop_pid "$REGISTRY_PID"
-    wait_for 10 grep -q 'listening on' "$LOGS/registry.log" || die "docker-registry did not start: $(tail -n 1 "$LOGS/registry.log")"
+    wait_for 10 grep -q 'listening on' "$REGISTRY_LOG" || die "docker-registry did not start: $(tail -n 1 "$REGISTRY_LOG")"
     local port
-    port=$(sed -n 's/.*listening on [^ "]*:\([0-9]*\).*/\1/p' "$LOGS/registry.log" | head -n 1)
+    port=$(sed -n 's/.*listening on [^ "]*:\([0-9]*\).*/\1/p' "$REGISTRY_LOG" | head -n 1)
     REGISTRY=127.0.0.1:$port
     REGISTRY_NODE=$REGISTRY
     [ -z "${ORIGIN:-}" ] || REGISTRY_NODE=$ORIGIN_IP:$port
@@ -224,6 +229,13 @@ push_blob() {
 
 # Where the registry keeps a blob.
 blob_file() { echo "$REGISTRY_DATA/docker/registry/v2/blobs/sha256/$(cut -c8-9 <<<"$1")/${1#sha256:}/data"; }
+
+# flip_byte FILE OFFSET: turns one byte into another; a second time turns it back.
+flip_byte() {
+    local was
+    was=$(od -An -tu1 -j "$2" -N 1 "$1" | tr -d ' ')
+    printf '%b' "\\x$(printf %02x $((was ^ 0xff)))" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none
+}
 
 # The sum of the layers of an image in a layout, as stored.
 layout_bytes() {
@@ -292,11 +304,10 @@ chroot_app() {
 # The program under test, as it is on disk (FIRSTREAD overrides).
 FIRSTREAD=${FIRSTREAD:-$TARGET/release/firstread}
 
-# use_node NAME: a fresh node: own pool, own daemon. `fr VERB…` speaks to it in the node's network.
+# use_node NAME: a fresh node: own pool, own daemon, stopped at exit. `fr VERB…` speaks to it in the node's network.
 use_node() {
     FR_DIR=$WORK/node-$1
     mkdir -p "$FR_DIR/root" "$FR_DIR/run"
-    defer stop_node "$FR_DIR"
 }
 fr() {
     local run=()
@@ -304,7 +315,12 @@ fr() {
     "${run[@]}" "$FIRSTREAD" --root "$FR_DIR/root" --run "$FR_DIR/run" "$@"
 }
 stop_node() {
-    [ ! -d "$1" ] || "$FIRSTREAD" --root "$1/root" --run "$1/run" stop >>"$LOGS/stop.log" 2>&1 || true
+    [ -d "$1/run" ] || return 0
+    timeout 20 "$FIRSTREAD" --root "$1/root" --run "$1/run" stop >>"$LOGS/stop.log" 2>&1 || true
+    # One that does not listen any more; the number in a stale file may be another program's by now.
+    local pid
+    pid=$(cat "$1/run/daemon.pid" 2>/dev/null) || return 0
+    case $(readlink "/proc/$pid/exe" 2>/dev/null) in *firstread*) stop_pid "$pid" ;; esac
 }
 # drop_node: stops it and forgets its pool.
 drop_node() {
@@ -312,16 +328,22 @@ drop_node() {
     stop_node "$FR_DIR"
     rm -rf --one-file-system "$FR_DIR"
 }
-# The daemon's process id: the one whose command line names our run directory and the verb daemon.
-daemon_pid() {
-    local dir
-    for dir in /proc/[0-9]*; do
-        if tr '\0' ' ' <"$dir/cmdline" 2>/dev/null | grep -q "firstread.*$FR_DIR.*daemon\|firstread.*daemon.*$FR_DIR"; then
-            echo "${dir#/proc/}"
-            return 0
-        fi
-    done
-    return 1
+# The daemon's process id.
+daemon_pid() { cat "$FR_DIR/run/daemon.pid"; }
+
+# tree_facts DIR: every node below a mounted tree with all that must be the same in another one, a line each: path, type,
+# mode, owner, links, size, ns mtime, link target; then the contents' digests and the extended attributes (without
+# trusted ones, which containerd does not set).
+tree_facts() {
+    (
+        cd "$1" || exit
+        export LC_ALL=C
+        # A directory's size and link count are its file system's own matter, and the root's time that of the mount.
+        stat -c '%a %u:%g .' .
+        find . -xdev -name lost+found -prune -o -path . -o -type d -printf '%p %y %m %U:%G %T@\n' -o -printf '%p %y %m %U:%G %n %s %T@ %l\n' | sort
+        find . -xdev -type f -print0 | sort -z | xargs -0 -r sha256sum
+        find . -xdev -name lost+found -prune -o -print0 | sort -z | xargs -0 -r getfattr -h -d -m '^(user|security|system)[.]' -e hex --
+    )
 }
 
 # --- the measured starts -------------------------------------------------------------------------------------------
