@@ -403,7 +403,7 @@ curl_and_run() {
     local loop
     in_ns "$NODE" nbdkit --readonly --unix "$1/sock" --pidfile "$1/nbdkit.pid" curl "$2" >>"$LOGS/nbdkit.log" 2>&1
     : >"$1/disk"
-    nbdfuse --readonly --pidfile "$1/nbdfuse.pid" "$1/disk" --unix "$1/sock" >>"$LOGS/nbdfuse.log" 2>&1 &
+    setsid nbdfuse --readonly --pidfile "$1/nbdfuse.pid" "$1/disk" --unix "$1/sock" >>"$LOGS/nbdfuse.log" 2>&1 &
     wait_for 20 test -s "$1/nbdfuse.pid"
     loop=$(losetup --find --show --read-only "$1/disk")
     mount -o ro,noload "$loop" "$1/mnt"
