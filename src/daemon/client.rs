@@ -119,9 +119,9 @@ impl Client {
 pub struct Closer(UnixStream);
 
 impl Closer {
-    /// Closes the connection both ways.
-    pub fn close(&self) {
+    /// Tells the daemon that no more requests come: it ends what lives as long as the connection, and closes it.
+    pub fn finish(&self) {
         // A connection that the daemon closed first can't be shut down again, and need not be.
-        let _ = self.0.shutdown(Shutdown::Both);
+        let _ = self.0.shutdown(Shutdown::Write);
     }
 }

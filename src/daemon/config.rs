@@ -121,7 +121,7 @@ impl Layer {
         for (key, name, set) in KEYS {
             if let Some(value) = variable(name).filter(|value| !value.is_empty()) {
                 set(&mut layer, value).map_err(|reason| {
-                    Problem::new(Kind::Request, format!("the environment variable {name} (setting {key}): {reason}"))
+                    Problem::new(Kind::Usage, format!("the environment variable {name} (setting {key}): {reason}"))
                 })?;
             }
         }
@@ -135,7 +135,7 @@ impl Layer {
     pub fn from_file(path: &Path) -> Result<Self, Problem> {
         let failed = |reason: &dyn std::fmt::Display| {
             let reason = reason.to_string();
-            Problem::new(Kind::Request, format!("the configuration {}: {}", path.display(), reason.trim_end()))
+            Problem::new(Kind::Usage, format!("the configuration {}: {}", path.display(), reason.trim_end()))
         };
         let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
         toml::from_str(&text).map_err(|error| failed(&error))
@@ -191,7 +191,7 @@ pub fn load(flags: Layer, file: Option<&Path>) -> Result<Config, Problem> {
     paths.extend(config.docker_config.as_mut());
     for path in paths {
         *path = std::path::absolute(&*path)
-            .map_err(|error| Problem::new(Kind::Request, format!("the path {}: {error}", path.display())))?;
+            .map_err(|error| Problem::new(Kind::Usage, format!("the path {}: {error}", path.display())))?;
     }
     Ok(config)
 }

@@ -326,6 +326,8 @@ pub enum Outcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
+    /// The command line or the settings make no sense.
+    Usage,
     /// The request makes no sense to this daemon.
     Request,
     /// The thing is in use.
