@@ -1,5 +1,5 @@
 //! Registries.
-use super::{Access, Body, Content, Purpose, RawDocument, Source, SourceFuture};
+use super::{Access, Body, Content, Publish, Purpose, RawDocument, Source, SourceFuture};
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::index::Blob;
@@ -28,7 +28,7 @@ impl Registry {
     pub(super) async fn push_blob(&self, _digest: &Digest, _bytes: u64, _content: &Content) -> Result<()> {
         not_yet()
     }
-    pub(super) async fn push_manifest(&self, _bytes: &[u8], _media_type: &str, _tag: Option<&str>) -> Result<Digest> {
+    pub(super) async fn push_manifest(&self, _bytes: &[u8], _media_type: &str, _publish: Publish) -> Result<Digest> {
         not_yet()
     }
 }
