@@ -72,7 +72,7 @@ pub enum Content {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Publish {
     /// By the reference that the repository was opened with: its tag in a registry or layout; a layout without a tag
-    /// lists it unnamed, in place of another unnamed image of the same platform.
+    /// lists it unnamed, in place of other unnamed images.
     Named,
     /// By its digest alone, since an image index lists it.
     Listed,
