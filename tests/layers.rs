@@ -67,7 +67,8 @@ fn code_of(text: &str) -> String {
             4
         } else {
             // Whole words, so that an identifier that ends in r is not taken for the start of a raw string.
-            let word = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len()).max(first.len_utf8());
+            let word =
+                rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len()).max(first.len_utf8());
             code.push_str(&rest[..word]);
             rest = &rest[word..];
             continue;

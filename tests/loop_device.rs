@@ -271,17 +271,20 @@ fn read_ahead_is_set_whatever_the_last_user_left() {
     assert_eq!(fs::read_to_string(setting.join("queue/read_ahead_kb")).unwrap().trim(), "128");
 }
 
-/// The server in a mount namespace that has nothing but the root and the kernel's file systems; its device used outside.
+/// The server in a mount namespace without the mounts of served devices; its device used outside.
 #[test]
 fn a_server_in_its_own_mount_namespace_serves_those_outside() {
     let _alone = ALONE.lock();
     let dir = TempDir::new().unwrap();
     let image = ext4(dir.path());
-    let (point, other) = (dir.path().join("mnt"), dir.path().join("other"));
-    fs::create_dir(&point).unwrap();
-    fs::create_dir(&other).unwrap();
+    let (point, other, served) = (dir.path().join("mnt"), dir.path().join("other"), dir.path().join("served"));
+    for dir in [&point, &other, &served] {
+        fs::create_dir(dir).unwrap();
+    }
     run("mount", &["-t", "tmpfs", "none", other.to_str().unwrap()]);
     let unmount = Mounted(&other);
+    let (_, before) = attach_file(&image);
+    let mounted_before = Mounted::new(before.device_path(), &served);
     let device = FileDevice::open(&image);
     let (attachment, table) = std::thread::spawn(move || {
         firstread::sys::namespace::enter_private_mount_namespace(&[&image]).unwrap();
@@ -290,7 +293,10 @@ fn a_server_in_its_own_mount_namespace_serves_those_outside() {
     })
     .join()
     .unwrap();
-    assert!(!table.contains(other.to_str().unwrap()), "{table}");
+    assert!(table.contains(other.to_str().unwrap()), "{table}");
+    assert!(!table.contains(served.to_str().unwrap()), "{table}");
+    drop(mounted_before);
+    drop(before);
     assert!(table.contains(" /proc ") && table.contains(" /dev "), "{table}");
     let mounted = Mounted::new(attachment.device_path(), &point);
     assert_eq!(fs::read(point.join("a/b/large")).unwrap(), fs::read(dir.path().join("tree/a/b/large")).unwrap());

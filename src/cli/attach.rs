@@ -53,8 +53,7 @@ pub fn request(
     let transport = options.transport.clone();
     let access = context.access(&options.access)?;
     let mut client = connect_or_start(context)?;
-    let attached: Attached =
-        client.call(Call::Attach(control::Attach { reference, access, transport, lifetime }))?;
+    let attached: Attached = client.call(Call::Attach(control::Attach { reference, access, transport, lifetime }))?;
     if !attached.passed_over.is_empty() {
         let reasons = attached.passed_over.join("; ");
         context.output.remark(format!("transport {} ({reasons})", attached.device.transport));

@@ -2,8 +2,8 @@
 
 use clap::Args;
 
-use super::options::{Global, start_log};
 use super::Outcome;
+use super::options::{Global, start_log};
 use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer, Size};
 use crate::daemon::startup::{self, Start};
 

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use clap::Args;
 
+use super::Outcome;
 use super::connect::connect;
 use super::options::{Context, absolute};
-use super::Outcome;
 use crate::daemon::control::{Call, DeviceInfo, Kind, Problem};
 
 /// Arguments of the verb.

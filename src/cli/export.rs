@@ -82,7 +82,9 @@ fn watch_signals(closer: Closer, stopped: Arc<AtomicBool>) -> std::io::Result<to
 fn address(text: &str) -> Outcome<String> {
     match text.split_once(':') {
         Some(("unix", path)) if !path.is_empty() => Ok(format!("unix:{}", absolute(Path::new(path))?.display())),
-        Some(("tcp", rest)) if rest.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()) => {
+        Some(("tcp", rest))
+            if rest.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()) =>
+        {
             Ok(text.to_owned())
         }
         _ => Err(Problem::new(Kind::Usage, format!("{text:?} is not an address: write unix:PATH or tcp:HOST:PORT"))),

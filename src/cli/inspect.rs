@@ -1,8 +1,10 @@
 //! `firstread inspect`: what an image consists of. Needs no daemon.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 
 use clap::Args;
+use rustix::fs::Access;
 use serde::Serialize;
 
 use super::options::{AccessOptions, Context};
@@ -60,15 +62,21 @@ impl Inspect {
     }
 }
 
-/// Opens the image for a verb that works without the daemon. Indexes are kept where the daemon keeps them, if that can be
-/// written, else in a directory of this user.
+/// Opens the image for a verb that works without the daemon. Indexes are kept where the daemon keeps them; who can't
+/// write there has a cache directory (XDG Base Directory Specification).
 ///
 /// # Errors
 /// An image that can't be opened.
 pub async fn open(context: &Context, image: &str, access: &AccessOptions) -> Outcome<Image> {
     let reference = reference::image(image)?;
     let access = source_access(&context.access(access)?);
-    let cache = index_cache(&context.config.root);
+    let mut cache = index_cache(&context.config.root);
+    if std::fs::create_dir_all(&cache).is_err() || rustix::fs::access(&cache, Access::WRITE_OK).is_err() {
+        let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let home = || variable("HOME").map(|home| home.join(".cache"));
+        let base = variable("XDG_CACHE_HOME").or_else(home).unwrap_or_else(std::env::temp_dir);
+        cache = base.join("firstread/index");
+    }
     Ok(open_image(&reference, &access, &Platform::host(), &cache).await?)
 }
 
@@ -141,7 +149,8 @@ fn text(found: &Inspection) -> String {
         ("index", size(found.index_bytes)),
     ]);
     text.push('\n');
-    let row = |pack: &Pack| [pack.role.to_owned(), pack.chunks.to_string(), size(pack.stored_bytes), pack.digest.clone()];
+    let row =
+        |pack: &Pack| [pack.role.to_owned(), pack.chunks.to_string(), size(pack.stored_bytes), pack.digest.clone()];
     text.push_str(&table(["role", "chunks", "stored", "pack"], found.packs.iter().map(row)));
     text
 }

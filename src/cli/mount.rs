@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use rustix::mount::{MountFlags, UnmountFlags};
 
+use super::Outcome;
 use super::attach::{AttachOptions, request};
 use super::connect::connect;
 use super::options::{Context, absolute};
-use super::Outcome;
 use crate::daemon::control::{Attached, Call, DeviceInfo, Kind, Lifetime, Problem, State};
-use crate::daemon::mounts;
+use crate::daemon::{attachment::is_stale, mounts};
 
 /// What an ext4 image is mounted with: no journal to load, and as many inode table blocks ahead as an image's hot
 /// inodes need (in Linux' Documentation/filesystems/ext4/).
@@ -71,13 +71,16 @@ fn mount(attached: &Attached, dir: &Path) -> Outcome {
             "mounting {}: the image's file system is {:?}, not ext4",
             attached.device.image, attached.file_system
         );
-        return Err(Problem::new(Kind::Unsupported, message).hint("`firstread attach` it and mount the device yourself"));
+        return Err(
+            Problem::new(Kind::Unsupported, message).hint("`firstread attach` it and mount the device yourself")
+        );
     }
     let data = CString::new(EXT4_OPTIONS).unwrap_or_default();
     rustix::mount::mount(device, dir, "ext4", MountFlags::RDONLY | MountFlags::NOATIME, Some(data.as_c_str())).map_err(
         |errno| {
             let error = std::io::Error::from(errno);
-            let message = format!("mounting {} ({}) on {}: {error}", device.display(), attached.device.image, dir.display());
+            let message =
+                format!("mounting {} ({}) on {}: {error}", device.display(), attached.device.image, dir.display());
             let hint = match errno {
                 rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => "mounting needs root (CAP_SYS_ADMIN)",
                 _ => "`dmesg` has the kernel's reason, `firstread verify` checks the image",
@@ -107,7 +110,7 @@ impl Umount {
         let mounted = mounts::at(&dir)?;
         match (&device, &mounted) {
             (None, None) => return Err(nothing_there(&dir)),
-            (None, Some(mount)) if !mount.device_of_firstread() => return Err(nothing_there(&dir)),
+            (None, Some(mount)) if !is_stale(&mount.source) => return Err(nothing_there(&dir)),
             (Some(device), Some(mount)) if device.device != mount.source => {
                 let source = mount.source.display();
                 let message = format!("{source} is mounted over {} on {}", device.device.display(), dir.display());
@@ -155,7 +158,8 @@ fn nothing_there(dir: &Path) -> Problem {
 /// The directory `path`, without symbolic links.
 fn directory(path: &Path) -> Outcome<PathBuf> {
     let failed = |reason: &dyn std::fmt::Display| {
-        Problem::new(Kind::Failed, format!("the mount point {}: {reason}", path.display())).hint("create the directory first")
+        Problem::new(Kind::Failed, format!("the mount point {}: {reason}", path.display()))
+            .hint("create the directory first")
     };
     let dir = std::fs::canonicalize(path).map_err(|error| failed(&error))?;
     if !dir.is_dir() {
@@ -172,8 +176,9 @@ fn resolve(path: &Path) -> Outcome<PathBuf> {
     let path = absolute(path)?;
     match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) => {
-            let parent = std::fs::canonicalize(parent)
-                .map_err(|error| Problem::new(Kind::NotFound, format!("the directory {}: {error}", parent.display())))?;
+            let parent = std::fs::canonicalize(parent).map_err(|error| {
+                Problem::new(Kind::NotFound, format!("the directory {}: {error}", parent.display()))
+            })?;
             let path = parent.join(name);
             // Reading a link asks its parent directory only.
             Ok(std::fs::read_link(&path).ok().and_then(|_| std::fs::canonicalize(&path).ok()).unwrap_or(path))

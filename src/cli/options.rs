@@ -127,6 +127,7 @@ pub fn start_log(filter: &str) -> Outcome {
             .hint("write error, warn, info, debug or trace, or a filter such as info,firstread::fetch=debug")
     })?;
     // A second subscriber in one process is a test's; the first one stays.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).try_init();
+    let _ =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).try_init();
     Ok(())
 }

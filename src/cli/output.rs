@@ -90,7 +90,7 @@ pub fn complain(problem: &Problem) {
 /// A table that fits the terminal. On anything else it is as wide as its content, so that it can be cut into fields.
 pub fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(head.map(str::to_uppercase));
+    table.load_style(presets::NOTHING).set_header(head.map(str::to_uppercase));
     let arrangement =
         if io::stdout().is_terminal() { ContentArrangement::Dynamic } else { ContentArrangement::Disabled };
     table.set_content_arrangement(arrangement);

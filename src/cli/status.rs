@@ -34,7 +34,10 @@ impl Status {
             (Some(_), [one]) => context.output.answer(one, details),
             _ => context.output.answer(&all, |all| match all.as_slice() {
                 [] => String::new(),
-                all => table(["id", "local", "read", "fetched", "requests", "waits", "waited", "errors"], all.iter().map(row)),
+                all => table(
+                    ["id", "local", "read", "fetched", "requests", "waits", "waited", "errors"],
+                    all.iter().map(row),
+                ),
             }),
         }
     }
@@ -64,12 +67,21 @@ fn details(status: &Numbers) -> String {
         ("image", status.image.clone()),
         ("state", state.to_owned()),
         ("device", size(status.device_bytes)),
-        ("chunks", format!("{} local of {}; {} fetched, {} failed", chunks.local, chunks.total, chunks.fetched, chunks.failed)),
+        (
+            "chunks",
+            format!("{} local of {}; {} fetched, {} failed", chunks.local, chunks.total, chunks.fetched, chunks.failed),
+        ),
         ("read", size(status.bytes.read)),
         ("fetched", format!("{} in {} requests", size(status.bytes.fetched), status.requests)),
         ("start-up stream", size(status.bytes.startup)),
         ("hits, misses", format!("{}, {}", status.hits, status.misses)),
-        ("waits", format!("{}; {:.3} s in all, {:.3} s the longest", status.waits.count, status.waits.total, status.waits.max)),
+        (
+            "waits",
+            format!(
+                "{}; {:.3} s in all, {:.3} s the longest",
+                status.waits.count, status.waits.total, status.waits.max
+            ),
+        ),
         ("wrong bytes", format!("{} chunks", status.verify_failures)),
         ("outage", format!("{:.1} s", status.outage_seconds)),
         ("sources", status.sources.join(", ")),

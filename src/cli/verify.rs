@@ -120,7 +120,9 @@ async fn chunks(image: &Image, progress: &mut Progress) -> Verification {
     all.sort_unstable_by_key(|chunk| (chunk.blob, chunk.offset));
     for source in image.origin.sources() {
         for run in all.chunk_by_run() {
-            let Some(blob) = run.first().and_then(|chunk| image.origin.blobs().get(chunk.blob as usize)) else { continue };
+            let Some(blob) = run.first().and_then(|chunk| image.origin.blobs().get(chunk.blob as usize)) else {
+                continue;
+            };
             for damage in check_run(source, blob, run).await {
                 found.report(damage);
             }
@@ -229,7 +231,14 @@ async fn packs(image: &Image, found: &mut Verification, progress: &mut Progress)
             };
             if let Some(reason) = reason {
                 let (source, blob_digest) = (source.name().to_owned(), blob.digest.to_string());
-                found.report(Damage { chunk: None, blob: blob_digest, offset: 0, stored_bytes: blob.bytes, source, reason });
+                found.report(Damage {
+                    chunk: None,
+                    blob: blob_digest,
+                    offset: 0,
+                    stored_bytes: blob.bytes,
+                    source,
+                    reason,
+                });
             }
             progress.add(by_blob.get(&number).copied().unwrap_or_default());
         }

@@ -1,8 +1,13 @@
 //! One attached device, whatever its transport, and the choice of a transport.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
+use tokio::runtime::Handle;
+
+use super::control::DeviceInfo;
+use crate::attach::holders::describe;
+use crate::attach::loop_device::{self, LoopAttachment, LoopOptions, Stale};
 use crate::device::Device;
 use crate::error::{Error, Result};
 
@@ -21,6 +26,75 @@ impl Transport {
             Self::Loop => "loop",
         }
     }
+}
+
+/// A device that a kernel sees.
+#[derive(Debug)]
+pub enum Attachment {
+    /// Through [`Transport::Loop`].
+    Loop(LoopAttachment),
+}
+
+impl Attachment {
+    /// Attaches `device`; its misses run on `runtime`. Blocks.
+    ///
+    /// # Errors
+    /// What the transport says.
+    pub fn attach(transport: Transport, device: Arc<dyn Device>, runtime: Handle) -> Result<Self> {
+        match transport {
+            Transport::Loop => loop_device::attach(device, LoopOptions::default(), runtime).map(Self::Loop),
+        }
+    }
+
+    /// The path of the block device.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Loop(attachment) => attachment.device_path(),
+        }
+    }
+
+    /// Takes the device from the kernel. Blocks, for seconds when somebody looks at the device just now. After success
+    /// only dropping is left; after an error everything is as before.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] that names who uses it.
+    pub fn detach(&mut self) -> Result<()> {
+        match self {
+            Self::Loop(attachment) => attachment.detach(),
+        }
+    }
+}
+
+/// Whether the block device at `path` is one of firstread's whose server died.
+#[must_use]
+pub fn is_stale(path: &Path) -> bool {
+    loop_device::stale().iter().any(|stale| stale.path == path)
+}
+
+/// Whether somebody holds a device whose server died. A lost device is free by itself when they leave.
+#[must_use]
+pub fn is_held(lost: &DeviceInfo) -> bool {
+    holders_of(lost).is_some()
+}
+
+/// Makes sure that nobody holds a device whose server died.
+///
+/// # Errors
+/// [`Error::Busy`] that names who does.
+pub fn release_lost(lost: &DeviceInfo) -> Result<()> {
+    match holders_of(lost) {
+        None => Ok(()),
+        Some(stale) => Err(Error::Busy(format!(
+            "{} lost its server and is still in use: {}",
+            lost.device.display(),
+            describe(&stale.holders)
+        ))),
+    }
+}
+
+fn holders_of(lost: &DeviceInfo) -> Option<Stale> {
+    loop_device::stale().into_iter().find(|stale| stale.path == lost.device)
 }
 
 /// A transport, and why the better ones were not taken.
@@ -70,7 +144,9 @@ fn ublk(dev: &Path) -> Option<String> {
 
 fn nbd(dev: &Path) -> Option<String> {
     Some(match dev.join("nbd0").exists() {
-        true => "the kernel offers it, this build can't connect it (`firstread export --nbd` serves nbd-client)".to_owned(),
+        true => {
+            "the kernel offers it, this build can't connect it (`firstread export --nbd` serves nbd-client)".to_owned()
+        }
         false => "neither this build nor the kernel has a client for it (no /dev/nbd0)".to_owned(),
     })
 }

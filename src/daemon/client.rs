@@ -7,9 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
-use super::control::{
-    Call, Envelope, Hello, Kind, LINE_MAX, Outcome, Problem, Request, Response, SOCKET, VERSION,
-};
+use super::control::{Call, Envelope, Hello, Kind, LINE_MAX, Outcome, Problem, Request, Response, SOCKET, VERSION};
 
 /// A connection to the daemon.
 #[derive(Debug)]
@@ -34,7 +32,9 @@ impl Client {
             }
             Err(error) => {
                 let message = format!("connecting to the daemon at {}: {error}", socket.display());
-                return Err(Problem::new(Kind::Failed, message).hint("run this as root, or choose another --run directory"));
+                return Err(
+                    Problem::new(Kind::Failed, message).hint("run this as root, or choose another --run directory")
+                );
             }
         };
         let hello = Hello { program: String::new(), pid: 0, root: PathBuf::new() };
@@ -66,8 +66,7 @@ impl Client {
         line.push(b'\n');
         self.stream.get_mut().write_all(&line).map_err(|error| self.gone(&error))?;
         loop {
-            let response: Response =
-                serde_json::from_slice(&self.line()?).map_err(|error| self.garbled(&error))?;
+            let response: Response = serde_json::from_slice(&self.line()?).map_err(|error| self.garbled(&error))?;
             if response.id != id {
                 continue;
             }
@@ -110,7 +109,8 @@ impl Client {
 
     fn garbled(&self, reason: &dyn std::fmt::Display) -> Problem {
         let message = format!("the daemon at {} speaks another language: {reason}", self.socket.display());
-        Problem::new(Kind::Request, message).hint("use the same version of firstread, or stop the daemon and start it anew")
+        Problem::new(Kind::Request, message)
+            .hint("use the same version of firstread, or stop the daemon and start it anew")
     }
 }
 

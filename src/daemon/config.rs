@@ -88,9 +88,7 @@ const KEYS: [(&str, &str, Setter); 7] = [
     ("log", "FIRSTREAD_LOG", |layer, value| put(&mut layer.log, value)),
     ("pool.limit", "FIRSTREAD_POOL_LIMIT", |layer, value| put(&mut layer.pool.limit, value)),
     ("fetch.on_outage", "FIRSTREAD_FETCH_ON_OUTAGE", |layer, value| put(&mut layer.fetch.on_outage, value)),
-    ("registry.plain_http", "FIRSTREAD_REGISTRY_PLAIN_HTTP", |layer, value| {
-        put(&mut layer.registry.plain_http, value)
-    }),
+    ("registry.plain_http", "FIRSTREAD_REGISTRY_PLAIN_HTTP", |layer, value| put(&mut layer.registry.plain_http, value)),
     ("registry.docker_config", "FIRSTREAD_REGISTRY_DOCKER_CONFIG", |layer, value| {
         put_path(&mut layer.registry.docker_config, value)
     }),
@@ -244,7 +242,8 @@ impl FromStr for Patience {
             _ => return Err(format!("{text:?} is not a time: write `wait`, or a number with s, m or h")),
         };
         let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
-        let seconds = seconds.ok_or_else(|| format!("{text:?} is not a time: write `wait`, or a number with s, m or h"))?;
+        let seconds =
+            seconds.ok_or_else(|| format!("{text:?} is not a time: write `wait`, or a number with s, m or h"))?;
         Ok(Self::For(Duration::from_secs(seconds)))
     }
 }

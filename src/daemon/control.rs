@@ -98,7 +98,7 @@ pub enum InUse {
 }
 
 /// How an image's source is reached; what the client knows and the daemon does not.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SourceAccess {
     /// HTTP without TLS, also for hosts other than loopback.
     #[serde(default)]

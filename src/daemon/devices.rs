@@ -46,9 +46,7 @@ impl Entry {
     /// Somebody else is doing that.
     pub fn take(&self) -> std::result::Result<Option<Attachment>, Problem> {
         match (self.attachment.lock().take(), &self.served) {
-            (None, Some(_)) => {
-                Err(Problem::new(Kind::Busy, format!("{} is being detached", self.info.lock().id)))
-            }
+            (None, Some(_)) => Err(Problem::new(Kind::Busy, format!("{} is being detached", self.info.lock().id))),
             (attachment, _) => Ok(attachment),
         }
     }
@@ -114,7 +112,8 @@ impl Devices {
             info.device.as_os_str() == target || info.mountpoint.as_ref().is_some_and(|dir| dir.as_os_str() == target)
         };
         self.all().iter().rev().find(is_it).cloned().ok_or_else(|| {
-            Problem::new(Kind::NotFound, format!("there is no device {target}")).hint("`firstread list` shows the devices")
+            Problem::new(Kind::NotFound, format!("there is no device {target}"))
+                .hint("`firstread list` shows the devices")
         })
     }
 
@@ -156,18 +155,10 @@ impl Reserved {
     /// Records the device and shows it to everybody. Blocks.
     ///
     /// # Errors
-    /// A record that can't be written; the attachment is given back.
-    pub fn fill(
-        self,
-        info: DeviceInfo,
-        served: Served,
-        attachment: Attachment,
-    ) -> std::result::Result<(), (Attachment, crate::Error)> {
-        if let Err(error) = self.devices.records.save(&Record::new(info.clone())) {
-            return Err((attachment, error));
-        }
-        let entry =
-            Entry { info: Mutex::new(info), served: Some(served), attachment: Mutex::new(Some(attachment)) };
+    /// A record that can't be written; the device is then detached.
+    pub fn fill(self, info: DeviceInfo, served: Served, attachment: Attachment) -> Result<()> {
+        self.devices.records.save(&Record::new(info.clone()))?;
+        let entry = Entry { info: Mutex::new(info), served: Some(served), attachment: Mutex::new(Some(attachment)) };
         self.devices.table.lock().insert(self.id.clone(), Some(Arc::new(entry)));
         Ok(())
     }
@@ -185,7 +176,7 @@ impl Drop for Reserved {
 /// A lost device that nobody holds any more is gone.
 #[must_use]
 pub fn still_held(info: &DeviceInfo) -> bool {
-    info.state == State::Attached || super::attachment::is_bound(info)
+    info.state == State::Attached || super::attachment::is_held(info)
 }
 
 /// What of an image's name goes into an id: the last part of its repository or path, lower case.

@@ -43,7 +43,9 @@ impl Serving {
     /// What ended the server.
     pub async fn stop(mut self) -> Result<()> {
         drop(self.stop.take());
-        (&mut self.task).await.unwrap_or_else(|error| Err(Error::Unsupported(format!("an export that panicked: {error}"))))
+        (&mut self.task)
+            .await
+            .unwrap_or_else(|error| Err(Error::Unsupported(format!("an export that panicked: {error}"))))
     }
 }
 

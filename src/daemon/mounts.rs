@@ -110,7 +110,8 @@ mod tests {
 
     #[test]
     fn lines_are_taken_apart() {
-        let mount = parse(b"36 35 7:0 / /mnt/a\\040b ro,noatime master:1 shared:2 - ext4 /dev/loop0 ro,noload").unwrap();
+        let mount =
+            parse(b"36 35 7:0 / /mnt/a\\040b ro,noatime master:1 shared:2 - ext4 /dev/loop0 ro,noload").unwrap();
         let expected = Mount { dir: "/mnt/a b".into(), source: "/dev/loop0".into(), device: "7:0".into() };
         assert_eq!(mount, expected);
         assert_eq!(parse(b"36 35 7:0 / /mnt"), None);

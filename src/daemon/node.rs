@@ -85,22 +85,13 @@ impl Node {
             state: State::Attached,
         };
         let (file_system, device_bytes) = (image.index.file_system().to_owned(), device.size());
-        let run = self.config.run.clone();
         let runtime = tokio::runtime::Handle::current();
         let info = blocking(move || {
-            let attachment =
-                Attachment::attach(choice.transport, Arc::clone(&device) as Arc<dyn Device>, &run, reserved.id(), runtime)?;
+            let attachment = Attachment::attach(choice.transport, Arc::clone(&device) as Arc<dyn Device>, runtime)?;
             info.device = attachment.path().to_owned();
             let served = Served { image, device };
-            match reserved.fill(info.clone(), served, attachment) {
-                Ok(()) => Ok(info),
-                Err((attachment, error)) => {
-                    if let Err((_, error)) = attachment.detach() {
-                        tracing::error!("{}: {error}", info.device.display());
-                    }
-                    Err(error)
-                }
-            }
+            reserved.fill(info.clone(), served, attachment)?;
+            Ok(info)
         })
         .await?;
         tracing::info!("{}: {} is {}", info.id, info.image, info.device.display());
@@ -133,8 +124,8 @@ impl Node {
         let done = blocking(move || {
             let info = entry.info();
             match taken {
-                Some(attachment) => {
-                    if let Err((attachment, error)) = attachment.detach() {
+                Some(mut attachment) => {
+                    if let Err(error) = attachment.detach() {
                         entry.put_back(attachment);
                         return Err(error);
                     }
@@ -255,7 +246,8 @@ impl Node {
         let reference: Reference = reference.parse()?;
         let image = self.images.open(&reference, access).await?;
         let map = Map::new(Arc::clone(&image.index));
-        let device = ImageDevice::new(map, Arc::clone(&image.origin), Arc::clone(&self.fetcher), Arc::clone(&self.pool));
+        let device =
+            ImageDevice::new(map, Arc::clone(&image.origin), Arc::clone(&self.fetcher), Arc::clone(&self.pool));
         Ok((image, device))
     }
 

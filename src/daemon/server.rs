@@ -147,13 +147,18 @@ impl Connection {
         let result = if envelope.version == VERSION {
             match serde_json::from_slice::<Request>(line) {
                 Ok(request) => self.call(request.call).await,
-                Err(error) => Err(Problem::new(Kind::Request, format!("a request that this daemon does not know: {error}"))
-                    .hint("use the same version of firstread, or stop the daemon and start it anew")),
+                Err(error) => {
+                    Err(Problem::new(Kind::Request, format!("a request that this daemon does not know: {error}"))
+                        .hint("use the same version of firstread, or stop the daemon and start it anew"))
+                }
             }
         } else {
             let version = envelope.version;
-            Err(Problem::new(Kind::Request, format!("this daemon speaks version {VERSION} of the protocol, not {version}"))
-                .hint("use the same version of firstread, or stop the daemon and start it anew"))
+            Err(Problem::new(
+                Kind::Request,
+                format!("this daemon speaks version {VERSION} of the protocol, not {version}"),
+            )
+            .hint("use the same version of firstread, or stop the daemon and start it anew"))
         };
         let outcome = result.map_or_else(Outcome::Error, Outcome::Result);
         Response { id: envelope.id, outcome }

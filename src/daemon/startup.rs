@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::attachment;
 use super::config::Config;
 use super::control::{InUse, Problem, SOCKET};
 use super::devices::still_held;
@@ -15,6 +14,7 @@ use super::records::{Record, Records, boot};
 use super::rundir::RunDir;
 use super::server;
 use crate::error::{Error, Result};
+use crate::sys::namespace::enter_private_mount_namespace;
 
 /// What a daemon that a verb started writes to its standard output when it serves.
 pub const READY: &str = "ready";
@@ -62,8 +62,8 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
         .map_err(|error| Error::io(format!("creating the root directory {}", config.root.display()), error))?;
     let records = Records::open(&config.root.join("devices"))?;
     let remembered = remembered(&records)?;
-    attachment::prepare(&config.run, &remembered)?;
     let lost = still_lost(&records, remembered)?;
+    enter_private_mount_namespace(&[&config.root, &config.run])?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING)
@@ -115,7 +115,11 @@ fn still_lost(records: &Records, remembered: Vec<Record>) -> Result<Vec<Record>>
     let (held, free): (Vec<_>, Vec<_>) = remembered.into_iter().partition(|record| still_held(&record.device));
     for record in &held {
         let device = &record.device;
-        tracing::warn!("{}: {} was lost with an earlier daemon and is still in use", device.id, device.device.display());
+        tracing::warn!(
+            "{}: {} was lost with an earlier daemon and is still in use",
+            device.id,
+            device.device.display()
+        );
     }
     for record in free {
         let device = &record.device;

@@ -1,10 +1,12 @@
 //! Fetching: a miss becomes verified bytes.
 
+mod decode;
 mod fetcher;
 mod image;
 mod origin;
 mod queue;
 
+pub use decode::decode;
 pub use fetcher::{FetchOptions, Fetcher, Priority};
 pub use image::{Image, open_image};
 pub use origin::{CounterValues, Counters, Origin, Waits};

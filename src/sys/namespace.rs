@@ -8,14 +8,14 @@ use rustix::thread::UnshareFlags;
 
 use crate::error::{Error, Result};
 
-/// Mounts at or below these are kept, whoever needs them: the kernel's own file systems.
-const KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
+/// Devices that transports make; a server must not keep what is on them mounted.
+const SERVED: [&str; 3] = ["/dev/loop", "/dev/nbd", "/dev/ublkb"];
 
 /// Moves the calling thread, and the threads it starts from now on, into a mount namespace of its own, and detaches in
-/// it every mount but the root, the kernel's file systems, and those that a path of `keep` lies on.
+/// it every mount of a device as transports make them, but those that a path of `keep` lies on.
 ///
-/// Nothing that is mounted later outside becomes visible inside, nor the other way around. Call this before any other
-/// thread is started: a thread that exists already stays where it is.
+/// Mounts and unmounts outside still arrive here where they are shared (a layout or a socket may be on any file system),
+/// none made here leaves. Call this before any other thread is started: a thread that exists already stays where it is.
 ///
 /// # Errors
 /// What the system says; EPERM without CAP_SYS_ADMIN.
@@ -26,16 +26,18 @@ pub fn enter_private_mount_namespace(keep: &[&Path]) -> Result<()> {
     };
     // SAFETY: a new mount namespace changes what paths mean for this thread; no descriptor or memory is affected.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(failed("make a mount namespace"))?;
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change("/", private).map_err(failed("make all mounts private"))?;
+    // mount_namespaces(7): a slave receives what a shared mount does, and what was private stays so.
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", slave).map_err(failed("make all mounts slaves"))?;
     let keep: Vec<PathBuf> =
         keep.iter().map(|path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf())).collect();
-    let table = std::fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|error| Error::io("read /proc/self/mountinfo", error))?;
+    let table = std::fs::read_to_string("/proc/thread-self/mountinfo")
+        .map_err(|error| Error::io("read /proc/thread-self/mountinfo", error))?;
     // Later mounts may cover earlier ones: from the last to the first.
     for line in table.lines().rev() {
         let Some(point) = line.split(' ').nth(4).map(unescape) else { continue };
-        if is_needed(&point, &keep) {
+        let source = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').nth(1)).unwrap_or_default();
+        if is_needed(&point, source, &keep) {
             continue;
         }
         if let Err(errno) = rustix::mount::unmount(&point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
@@ -48,9 +50,9 @@ pub fn enter_private_mount_namespace(keep: &[&Path]) -> Result<()> {
     Ok(())
 }
 
-fn is_needed(point: &Path, keep: &[PathBuf]) -> bool {
-    point == Path::new("/")
-        || KERNEL.iter().any(|kernel| point.starts_with(kernel))
+fn is_needed(point: &Path, source: &str, keep: &[PathBuf]) -> bool {
+    !SERVED.iter().any(|device| source.starts_with(device))
+        || point == Path::new("/")
         || keep.iter().any(|kept| kept.starts_with(point))
 }
 
@@ -85,13 +87,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn needed_are_the_root_the_kernels_and_what_kept_paths_lie_on() {
+    fn only_mounts_of_served_devices_go_and_not_those_that_kept_paths_lie_on() {
         let keep = [PathBuf::from("/var/lib/firstread")];
-        for point in ["/", "/proc", "/dev/pts", "/sys/fs/cgroup", "/var", "/var/lib/firstread"] {
-            assert!(is_needed(Path::new(point), &keep), "{point}");
+        for (point, source) in [("/", "/dev/loop0"), ("/var", "/dev/loop1"), ("/home", "/dev/sda1"), ("/tmp", "tmpfs")]
+        {
+            assert!(is_needed(Path::new(point), source, &keep), "{point}");
         }
-        for point in ["/home", "/var/lib/firstread/mounts/a", "/var/lib/fir", "/process", "/mnt"] {
-            assert!(!is_needed(Path::new(point), &keep), "{point}");
+        for (point, source) in
+            [("/mnt", "/dev/loop0"), ("/var/lib/firstread/a", "/dev/ublkb3"), ("/var/lib/fir", "/dev/nbd1")]
+        {
+            assert!(!is_needed(Path::new(point), source, &keep), "{point}");
         }
     }
 
