@@ -81,7 +81,11 @@ impl Slab {
             return Err(Unusable::Version(header.version));
         }
         let table = u64::from(header.records) * RECORD;
-        if header.slab != number || header.bytes > SLAB_MAX || !table.is_multiple_of(ALIGN) || BODY + table > header.bytes {
+        if header.slab != number
+            || header.bytes > SLAB_MAX
+            || !table.is_multiple_of(ALIGN)
+            || BODY + table > header.bytes
+        {
             return Err(Unusable::Header);
         }
         let (bytes, records) = (header.bytes, header.records);
