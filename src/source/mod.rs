@@ -1,5 +1,6 @@
 //! Sources: where stored bytes come from. Untrusted: nothing that a source says is believed before it is verified.
 
+pub(crate) mod files;
 mod layout;
 #[cfg(feature = "registry")]
 mod registry;
