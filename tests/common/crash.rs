@@ -5,6 +5,8 @@
 //! disk.cut_power_after(7);              // the 7th change from now is the last, and may be torn
 //! let later = disk.after_crash(Survivors::Some(seed));
 //! ```
+// Every test program uses its own part of this.
+#![allow(dead_code)]
 
 use std::collections::BTreeMap;
 use std::io::{self, Error, ErrorKind};
@@ -13,9 +15,7 @@ use std::sync::Arc;
 use firstread::media::{Media, MediaDir};
 use parking_lot::Mutex;
 
-#[path = "random.rs"]
-mod random;
-use random::Random;
+use crate::random::Random;
 
 const SECTOR: usize = 512;
 
@@ -56,6 +56,8 @@ struct State {
     pending: Vec<Step>,
     /// Changes so far.
     changes: u64,
+    /// Bytes read so far.
+    read: u64,
     /// Changes until the power is cut.
     left: Option<u64>,
 }
@@ -82,6 +84,11 @@ impl CrashDisk {
     /// How many changes (writes, lengths, syncs, creations, renames, removals) were made.
     pub fn changes(&self) -> u64 {
         self.0.lock().changes
+    }
+
+    /// How many bytes were read.
+    pub fn bytes_read(&self) -> u64 {
+        self.0.lock().read
     }
 
     /// Lets `changes` more changes happen; of the last one any part survives. Everything after it fails.
@@ -263,10 +270,11 @@ impl MediaDir for CrashDisk {
 
 impl Media for CrashFile {
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let state = self.disk.0.lock();
+        let mut state = self.disk.0.lock();
         if state.left == Some(0) {
             return Err(off());
         }
+        state.read += buf.len() as u64;
         let from = offset as usize;
         let bytes = state.files[self.id].now.get(from..from + buf.len()).ok_or(ErrorKind::UnexpectedEof)?;
         buf.copy_from_slice(bytes);

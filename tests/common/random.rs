@@ -1,4 +1,6 @@
 //! Reproducible random numbers for tests.
+// Every test program uses its own part of this.
+#![allow(dead_code)]
 
 /// splitmix64.
 pub struct Random(pub u64);
