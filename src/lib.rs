@@ -27,6 +27,10 @@ pub mod attach;
 #[path = "../tools/build/mod.rs"]
 pub mod build;
 pub mod chunk;
+#[cfg(feature = "programs")]
+pub mod cli;
+#[cfg(feature = "programs")]
+pub mod daemon;
 pub mod device;
 pub mod error;
 pub mod ext4;

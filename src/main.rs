@@ -1,3 +1,7 @@
 //! The program `firstread`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    firstread::cli::run()
+}

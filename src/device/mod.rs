@@ -3,8 +3,12 @@
 //! A transport asks [`Device::read_local`] first, on its own thread: that answers from local data or zeros and never
 //! waits for the network. What it can't answer goes to [`Device::read_at`], which may wait.
 
+mod image;
+
 use std::future::Future;
 use std::pin::Pin;
+
+pub use image::{ImageDevice, ReadCounts};
 
 use crate::error::{Error, Result};
 

@@ -1,0 +1,62 @@
+//! `firstread attach`: an image becomes a block device.
+
+use clap::Args;
+
+use super::connect::connect_or_start;
+use super::options::{AccessOptions, Context};
+use super::{Outcome, reference};
+use crate::daemon::client::Client;
+use crate::daemon::control::{self, Attached, Call, Lifetime};
+
+/// Arguments of the verb.
+#[derive(Debug, Args)]
+pub struct Attach {
+    /// The image: HOST[:PORT]/REPO[:TAG][@DIGEST] or oci:DIR[:TAG]
+    #[arg(value_name = "REF")]
+    reference: String,
+    #[command(flatten)]
+    options: AttachOptions,
+}
+
+/// Options of attaching, shared with `mount`.
+#[derive(Debug, Args)]
+pub struct AttachOptions {
+    /// How the kernel sees the device
+    #[arg(long, default_value = "auto", value_name = "TRANSPORT", value_parser = ["auto", "ublk", "nbd", "loop"])]
+    transport: String,
+    #[command(flatten)]
+    access: AccessOptions,
+}
+
+impl Attach {
+    /// Runs the verb.
+    ///
+    /// # Errors
+    /// What the daemon says.
+    pub fn run(&self, context: &Context) -> Outcome {
+        let (_client, attached) = request(context, &self.reference, &self.options, Lifetime::Permanent)?;
+        context.output.answer(&attached, |attached| attached.device.device.display().to_string())
+    }
+}
+
+/// Asks the daemon for a device, and says why the better transports were passed over.
+///
+/// # Errors
+/// What the daemon says.
+pub fn request(
+    context: &Context,
+    image: &str,
+    options: &AttachOptions,
+    lifetime: Lifetime,
+) -> Outcome<(Client, Attached)> {
+    let reference = reference::image(image)?.to_string();
+    let transport = options.transport.clone();
+    let access = context.access(&options.access)?;
+    let mut client = connect_or_start(context)?;
+    let attached: Attached = client.call(Call::Attach(control::Attach { reference, access, transport, lifetime }))?;
+    if !attached.passed_over.is_empty() {
+        let reasons = attached.passed_over.join("; ");
+        context.output.remark(format!("transport {} ({reasons})", attached.device.transport));
+    }
+    Ok((client, attached))
+}

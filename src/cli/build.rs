@@ -1,0 +1,34 @@
+//! `firstread build`: runs the builder found beside this program.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use clap::Args;
+
+use super::Outcome;
+use crate::daemon::control::{Kind, Problem};
+
+/// The builder's name.
+const BUILDER: &str = "firstread-build";
+
+/// Arguments of the verb.
+#[derive(Debug, Args)]
+pub struct Build {
+    /// Everything is passed on: see `firstread build --help`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    pub arguments: Vec<OsString>,
+}
+
+/// Becomes the builder; returns only when that fails.
+///
+/// # Errors
+/// A builder that is not there.
+pub fn exec(arguments: &[OsString]) -> Outcome {
+    let program = std::env::current_exe()
+        .map_err(|error| Problem::new(Kind::Failed, format!("finding this program's directory: {error}")))?;
+    let builder = program.with_file_name(BUILDER);
+    let error = Command::new(&builder).args(arguments).exec();
+    Err(Problem::new(Kind::Failed, format!("running the builder {}: {error}", builder.display()))
+        .hint(format!("{BUILDER} belongs beside {}; install both", program.display())))
+}

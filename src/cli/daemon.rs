@@ -1,0 +1,39 @@
+//! `firstread daemon`: the node's daemon in the foreground.
+
+use clap::Args;
+
+use super::Outcome;
+use super::options::{Global, start_log};
+use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer, Size};
+use crate::daemon::startup::{self, Start};
+
+/// Arguments of the verb.
+#[derive(Debug, Args)]
+pub struct Daemon {
+    /// Largest size of the pool, e.g. 20G [setting pool.limit; default: none]
+    #[arg(long, value_name = "SIZE")]
+    pool_limit: Option<Size>,
+    /// How long a read waits for an unreachable source, e.g. 60s, or `wait` [setting fetch.on_outage; default: 60s]
+    #[arg(long, value_name = "TIME")]
+    on_outage: Option<Patience>,
+    /// Started by a verb, which waits for a line on standard output
+    #[arg(long, hide = true)]
+    background: bool,
+}
+
+impl Daemon {
+    /// Runs the verb until the daemon is stopped.
+    ///
+    /// # Errors
+    /// What keeps it from starting.
+    pub fn run(self, global: Global) -> Outcome {
+        let flags = Layer {
+            pool: PoolLayer { limit: self.pool_limit },
+            fetch: FetchLayer { on_outage: self.on_outage },
+            ..global.layer()
+        };
+        let config = config::load(flags, global.config.as_deref())?;
+        start_log(&config.log)?;
+        startup::run(config, if self.background { Start::Background } else { Start::Foreground })
+    }
+}

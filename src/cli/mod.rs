@@ -1,0 +1,142 @@
+//! The command line of `firstread`: one file per verb.
+//!
+//! A verb returns a [`Problem`] or prints its answer; only [`run`] turns that into an exit code: 0 done, 1 failed, 2
+//! wrong usage. Errors go to standard error; with `--json` standard output gets exactly one document.
+
+mod attach;
+mod build;
+mod connect;
+mod daemon;
+mod detach;
+mod export;
+mod inspect;
+mod list;
+mod mount;
+mod options;
+mod output;
+mod pool;
+mod progress;
+mod reference;
+mod status;
+mod stop;
+mod verify;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+use crate::daemon::control::{Kind, Problem};
+use options::{Context, Global};
+
+/// What a verb returns.
+type Outcome<T = ()> = Result<T, Problem>;
+
+/// Container images as block devices that can be used before they are downloaded, every block verified.
+#[derive(Debug, Parser)]
+#[command(name = "firstread", version, disable_help_subcommand = true, max_term_width = 100)]
+struct Arguments {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Pack a file system or an image, write its index, publish both (runs firstread-build)
+    #[command(disable_help_flag = true)]
+    Build(build::Build),
+    /// Show what an image consists of: index, packs, chunks, sharing
+    Inspect(inspect::Inspect),
+    /// Check an image: the index is sound, every chunk can be fetched and has its digest
+    Verify(verify::Verify),
+    /// Expose an image as a block device and print its path
+    Attach(attach::Attach),
+    /// Attach an image and mount it, read-only
+    Mount(mount::Mount),
+    /// Unmount and detach
+    Umount(mount::Umount),
+    /// Detach a device, or all
+    Detach(detach::Detach),
+    /// Serve an image to another program, in the foreground until stopped
+    Export(export::Export),
+    /// List the devices
+    List(list::List),
+    /// Show what was read, fetched and waited for
+    Status(status::Status),
+    /// The node's pool
+    #[command(subcommand)]
+    Pool(pool::Pool),
+    /// Run the node's daemon in the foreground; other verbs start one when none runs
+    Daemon(daemon::Daemon),
+    /// Detach all and stop the daemon
+    Stop(stop::Stop),
+}
+
+/// Runs the program with the arguments of the process.
+#[must_use]
+pub fn run() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    // Every argument after the verb is the builder's, also those that look like ours.
+    if arguments.get(1).is_some_and(|verb| verb == "build") {
+        return finish(build::exec(&arguments[2..]));
+    }
+    match Arguments::try_parse_from(&arguments) {
+        Ok(arguments) => finish(dispatch(arguments)),
+        Err(error) => {
+            // Nothing is left to do when even this can't be written.
+            let _ = error.print();
+            match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+                _ => ExitCode::from(2),
+            }
+        }
+    }
+}
+
+fn dispatch(arguments: Arguments) -> Outcome {
+    let global = arguments.global;
+    // The daemon has flags that are settings, and a log of its own.
+    if let Verb::Daemon(verb) = arguments.verb {
+        return verb.run(global);
+    }
+    if let Verb::Build(verb) = arguments.verb {
+        return build::exec(&verb.arguments);
+    }
+    let context = Context::new(global)?;
+    match arguments.verb {
+        Verb::Inspect(verb) => verb.run(&context),
+        Verb::Verify(verb) => verb.run(&context),
+        Verb::Attach(verb) => verb.run(&context),
+        Verb::Mount(verb) => verb.run(&context),
+        Verb::Umount(verb) => verb.run(&context),
+        Verb::Detach(verb) => verb.run(&context),
+        Verb::Export(verb) => verb.run(&context),
+        Verb::List(verb) => verb.run(&context),
+        Verb::Status(verb) => verb.run(&context),
+        Verb::Pool(verb) => verb.run(&context),
+        Verb::Stop(verb) => verb.run(&context),
+        Verb::Build(_) | Verb::Daemon(_) => Ok(()),
+    }
+}
+
+fn finish(outcome: Outcome) -> ExitCode {
+    let Err(problem) = outcome else { return ExitCode::SUCCESS };
+    output::complain(&problem);
+    match problem.kind {
+        Kind::Usage => ExitCode::from(2),
+        _ => ExitCode::FAILURE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,339 @@
+//! Settings: flag, else environment, else file, else default.
+//!
+//! Each setting has a key (`pool.limit`) and an environment variable (`FIRSTREAD_POOL_LIMIT`). The file is TOML; a key that
+//! does not exist is an error, since a mistyped limit must not be taken for no limit.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, de};
+
+use super::control::{Kind, Problem};
+
+/// Where the configuration is when nobody says otherwise; it need not exist.
+pub const DEFAULT_FILE: &str = "/etc/firstread/config.toml";
+
+/// The environment variable that names the configuration file.
+pub const FILE_VARIABLE: &str = "FIRSTREAD_CONFIG";
+
+/// What one layer (the flags, the environment, the file) sets. `None`: ask the next layer.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Layer {
+    /// Directory of everything durable.
+    pub root: Option<PathBuf>,
+    /// Directory of the sockets, the pid file and the log.
+    pub run: Option<PathBuf>,
+    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,firstread::fetch=debug`.
+    pub log: Option<String>,
+    /// The pool.
+    pub pool: PoolLayer,
+    /// Fetching.
+    pub fetch: FetchLayer,
+    /// Registries.
+    pub registry: RegistryLayer,
+}
+
+/// The part `pool` of a [`Layer`].
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolLayer {
+    /// Largest size of the pool.
+    pub limit: Option<Size>,
+}
+
+/// The part `fetch` of a [`Layer`].
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FetchLayer {
+    /// How long a read waits for a source that is unreachable.
+    pub on_outage: Option<Patience>,
+}
+
+/// The part `registry` of a [`Layer`].
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistryLayer {
+    /// HTTP without TLS for every host.
+    pub plain_http: Option<Switch>,
+    /// The docker configuration with the credentials.
+    pub docker_config: Option<PathBuf>,
+}
+
+/// The settings, resolved.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Directory of everything durable: the pool, indexes, records.
+    pub root: PathBuf,
+    /// Directory of the sockets, the pid file and the log.
+    pub run: PathBuf,
+    /// What is logged.
+    pub log: String,
+    /// Largest size of the pool in bytes; `None`: unbounded.
+    pub pool_limit: Option<u64>,
+    /// How long a read waits for a source that is unreachable.
+    pub on_outage: Patience,
+    /// HTTP without TLS for every host.
+    pub plain_http: bool,
+    /// The docker configuration with the credentials.
+    pub docker_config: Option<PathBuf>,
+}
+
+/// Every key, its environment variable, and how it gets into a layer.
+const KEYS: [(&str, &str, Setter); 7] = [
+    ("root", "FIRSTREAD_ROOT", |layer, value| put_path(&mut layer.root, value)),
+    ("run", "FIRSTREAD_RUN", |layer, value| put_path(&mut layer.run, value)),
+    ("log", "FIRSTREAD_LOG", |layer, value| put(&mut layer.log, value)),
+    ("pool.limit", "FIRSTREAD_POOL_LIMIT", |layer, value| put(&mut layer.pool.limit, value)),
+    ("fetch.on_outage", "FIRSTREAD_FETCH_ON_OUTAGE", |layer, value| put(&mut layer.fetch.on_outage, value)),
+    ("registry.plain_http", "FIRSTREAD_REGISTRY_PLAIN_HTTP", |layer, value| put(&mut layer.registry.plain_http, value)),
+    ("registry.docker_config", "FIRSTREAD_REGISTRY_DOCKER_CONFIG", |layer, value| {
+        put_path(&mut layer.registry.docker_config, value)
+    }),
+];
+
+type Setter = fn(&mut Layer, OsString) -> Result<(), String>;
+
+fn put<T: FromStr<Err: std::fmt::Display>>(slot: &mut Option<T>, value: OsString) -> Result<(), String> {
+    let text = value.into_string().map_err(|_| "it is not UTF-8".to_owned())?;
+    *slot = Some(text.parse().map_err(|error: T::Err| error.to_string())?);
+    Ok(())
+}
+
+// A function of its own since a path need not be UTF-8; it has the signature of the other setters.
+#[allow(clippy::unnecessary_wraps)]
+fn put_path(slot: &mut Option<PathBuf>, value: OsString) -> Result<(), String> {
+    *slot = Some(value.into());
+    Ok(())
+}
+
+impl Layer {
+    /// What the environment sets; `variable` looks one up. Empty variables count as unset.
+    ///
+    /// # Errors
+    /// A value that is malformed, with the variable's name.
+    pub fn from_environment(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Problem> {
+        let mut layer = Self::default();
+        for (key, name, set) in KEYS {
+            if let Some(value) = variable(name).filter(|value| !value.is_empty()) {
+                set(&mut layer, value).map_err(|reason| {
+                    Problem::new(Kind::Usage, format!("the environment variable {name} (setting {key}): {reason}"))
+                })?;
+            }
+        }
+        Ok(layer)
+    }
+
+    /// What the configuration file at `path` sets.
+    ///
+    /// # Errors
+    /// A file that can't be read or is malformed, with the place.
+    pub fn from_file(path: &Path) -> Result<Self, Problem> {
+        let failed = |reason: &dyn std::fmt::Display| {
+            let reason = reason.to_string();
+            Problem::new(Kind::Usage, format!("the configuration {}: {}", path.display(), reason.trim_end()))
+        };
+        let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
+        toml::from_str(&text).map_err(|error| failed(&error))
+    }
+
+    /// This layer, and `next` where it is silent.
+    #[must_use]
+    pub fn or(self, next: Self) -> Self {
+        Self {
+            root: self.root.or(next.root),
+            run: self.run.or(next.run),
+            log: self.log.or(next.log),
+            pool: PoolLayer { limit: self.pool.limit.or(next.pool.limit) },
+            fetch: FetchLayer { on_outage: self.fetch.on_outage.or(next.fetch.on_outage) },
+            registry: RegistryLayer {
+                plain_http: self.registry.plain_http.or(next.registry.plain_http),
+                docker_config: self.registry.docker_config.or(next.registry.docker_config),
+            },
+        }
+    }
+
+    /// The settings, with the defaults where the layer is silent.
+    #[must_use]
+    pub fn resolve(self) -> Config {
+        Config {
+            root: self.root.unwrap_or_else(|| "/var/lib/firstread".into()),
+            run: self.run.unwrap_or_else(|| "/run/firstread".into()),
+            log: self.log.unwrap_or_else(|| "info".to_owned()),
+            pool_limit: self.pool.limit.map(|size| size.0),
+            on_outage: self.fetch.on_outage.unwrap_or(Patience::For(Duration::from_secs(60))),
+            plain_http: self.registry.plain_http.is_some_and(|switch| switch.0),
+            docker_config: self.registry.docker_config,
+        }
+    }
+}
+
+/// The settings of this process: `flags`, then the environment, then the file.
+///
+/// `file` is the `--config` flag; without it the file is [`FILE_VARIABLE`]'s, or [`DEFAULT_FILE`] if that exists.
+///
+/// # Errors
+/// Malformed values, with the place; a file that was named and can't be read.
+pub fn load(flags: Layer, file: Option<&Path>) -> Result<Config, Problem> {
+    let environment = Layer::from_environment(|name| std::env::var_os(name))?;
+    let named = file.map(Path::to_owned).or_else(|| std::env::var_os(FILE_VARIABLE).map(PathBuf::from));
+    let file = match named {
+        Some(path) => Layer::from_file(&path)?,
+        None if Path::new(DEFAULT_FILE).exists() => Layer::from_file(Path::new(DEFAULT_FILE))?,
+        None => Layer::default(),
+    };
+    let mut config = flags.or(environment).or(file).resolve();
+    let mut paths = vec![&mut config.root, &mut config.run];
+    paths.extend(config.docker_config.as_mut());
+    for path in paths {
+        *path = std::path::absolute(&*path)
+            .map_err(|error| Problem::new(Kind::Usage, format!("the path {}: {error}", path.display())))?;
+    }
+    Ok(config)
+}
+
+/// A size in bytes, written as a number with an optional unit: `K`, `M`, `G`, `T`, each a power of 1024, also `KiB`, …
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kib" => 10,
+            "m" | "mib" => 20,
+            "g" | "gib" => 30,
+            "t" | "tib" => 40,
+            _ => return Err(format!("{text:?} is not a size: write bytes, or a number with K, M, G or T")),
+        };
+        let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a size: it must start with a number"))?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(|| format!("{text:?} is too large"))
+    }
+}
+
+/// How long a reader waits for a source that is unreachable: `60s`, `5m`, `1h`, or `wait`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// Then the read fails.
+    For(Duration),
+    /// For ever.
+    Endless,
+}
+
+impl FromStr for Patience {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "wait" {
+            return Ok(Self::Endless);
+        }
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let factor = match unit {
+            "" | "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            _ => return Err(format!("{text:?} is not a time: write `wait`, or a number with s, m or h")),
+        };
+        let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
+        let seconds =
+            seconds.ok_or_else(|| format!("{text:?} is not a time: write `wait`, or a number with s, m or h"))?;
+        Ok(Self::For(Duration::from_secs(seconds)))
+    }
+}
+
+/// Yes or no.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Switch(pub bool);
+
+impl FromStr for Switch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "1" | "true" | "yes" | "on" => Ok(Self(true)),
+            "0" | "false" | "no" | "off" => Ok(Self(false)),
+            _ => Err(format!("{text:?} is neither true nor false")),
+        }
+    }
+}
+
+/// In the file a value is its text, or the TOML type that says the same.
+fn from_toml<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<T, D::Error> {
+    let text = match toml::Value::deserialize(deserializer)? {
+        toml::Value::String(text) => text,
+        value @ (toml::Value::Integer(_) | toml::Value::Boolean(_)) => value.to_string(),
+        value => return Err(de::Error::custom(format!("{value} is neither text, a number nor true or false"))),
+    };
+    text.parse().map_err(de::Error::custom)
+}
+
+macro_rules! deserialize_from_text {
+    ($($type:ty),*) => {$(
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                from_toml(deserializer)
+            }
+        }
+    )*};
+}
+deserialize_from_text!(Size, Patience, Switch);
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn environment(pairs: &[(&str, &str)]) -> Result<Layer, Problem> {
+        Layer::from_environment(|name| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| value.into()))
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_environment_and_that_over_the_file() {
+        let file: Layer = toml::from_str("root = '/file'\nrun = '/file'\nlog = 'warn'\n[pool]\nlimit = '3G'").unwrap();
+        let environment = environment(&[("FIRSTREAD_ROOT", "/env"), ("FIRSTREAD_RUN", "/env")]).unwrap();
+        let flags = Layer { root: Some("/flag".into()), ..Layer::default() };
+        let config = flags.or(environment).or(file).resolve();
+        assert_eq!(config.root, Path::new("/flag"));
+        assert_eq!(config.run, Path::new("/env"));
+        assert_eq!(config.log, "warn");
+        assert_eq!(config.pool_limit, Some(3 << 30));
+        assert_eq!(config.on_outage, Patience::For(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn every_key_has_a_variable_named_after_it() {
+        let values = ["/r", "/u", "debug", "5M", "wait", "true", "/d"];
+        for ((key, name, set), value) in KEYS.into_iter().zip(values) {
+            assert_eq!(name, format!("FIRSTREAD_{}", key.replace('.', "_").to_uppercase()));
+            let mut by_variable = Layer::default();
+            set(&mut by_variable, value.into()).unwrap();
+            let line = match key.rsplit_once('.') {
+                Some((table, key)) => format!("[{table}]\n{key} = {value:?}"),
+                None => format!("{key} = {value:?}"),
+            };
+            assert_eq!(toml::from_str::<Layer>(&line).unwrap(), by_variable, "{key}");
+            assert_ne!(by_variable, Layer::default());
+        }
+    }
+
+    #[test]
+    fn what_is_malformed_is_named() {
+        let problem = environment(&[("FIRSTREAD_POOL_LIMIT", "lots")]).unwrap_err();
+        assert!(problem.message.contains("FIRSTREAD_POOL_LIMIT"), "{problem}");
+        let error = toml::from_str::<Layer>("[pool]\nlimt = 3").unwrap_err().to_string();
+        assert!(error.contains("limt"), "{error}");
+        assert!("99999999999T".parse::<Size>().is_err());
+        assert_eq!("0".parse(), Ok(Size(0)));
+        assert_eq!("2 GiB".parse(), Ok(Size(2 << 30)));
+        assert_eq!("5m".parse(), Ok(Patience::For(Duration::from_secs(300))));
+        assert!("soon".parse::<Patience>().is_err());
+    }
+}

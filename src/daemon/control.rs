@@ -1,0 +1,413 @@
+//! The control protocol: what the verbs and the daemon say to each other.
+//!
+//! Newline-delimited JSON over the unix socket `control.sock` in the run directory. A client sends [`Request`] lines, the
+//! daemon answers each with one [`Response`] line of the same id; answers may overtake each other. Fields that a side
+//! does not know are ignored; a line longer than [`LINE_MAX`] ends the connection. The socket accepts root and the
+//! daemon's own user only.
+//!
+//! Two things live as long as the connection that asked for them: a tentative device (until [`Call::Settle`]) and an
+//! export. So a client that dies halfway leaves nothing behind.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// Version of the protocol. A daemon answers requests of its own version only.
+pub const VERSION: u32 = 1;
+
+/// Longest line in bytes, either way.
+pub const LINE_MAX: usize = 4 << 20;
+
+/// Name of the control socket in the run directory.
+pub const SOCKET: &str = "control.sock";
+
+/// What every request starts with, whatever its version and call.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Envelope {
+    /// [`VERSION`] of the client.
+    pub version: u32,
+    /// Chosen by the client; the response repeats it.
+    pub id: u64,
+}
+
+/// One line of a client.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Request {
+    /// Version and id.
+    #[serde(flatten)]
+    pub envelope: Envelope,
+    /// What the daemon shall do.
+    #[serde(flatten)]
+    pub call: Call,
+}
+
+/// What a daemon can be asked for; the answer's type is named beside each call.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "call", rename_all = "snake_case")]
+pub enum Call {
+    /// Who are you? → [`Hello`]
+    Hello,
+    /// Expose an image as a device. → [`Attached`]
+    Attach(Attach),
+    /// Make a tentative device permanent. → [`DeviceInfo`]
+    Settle {
+        /// The device's id.
+        target: String,
+        /// Where the caller mounted it, if it did.
+        mountpoint: Option<PathBuf>,
+    },
+    /// Undo an attach. → [`DeviceInfo`] of what was detached
+    Detach {
+        /// The device: its id, device path or mountpoint.
+        target: String,
+    },
+    /// Which device is that? → [`DeviceInfo`]
+    Find {
+        /// An id, device path or mountpoint.
+        target: String,
+    },
+    /// All devices. → `Vec<`[`DeviceInfo`]`>`
+    List,
+    /// What was read, fetched and waited for. → `Vec<`[`Status`]`>`
+    Status {
+        /// One device (id, device path or mountpoint), or all.
+        target: Option<String>,
+    },
+    /// Serve an image over NBD until this connection ends. → [`Exported`]
+    Export(Export),
+    /// The node's pool. → the pool's own statistics
+    PoolStat,
+    /// Detach every device and stop. → [`Stopped`]
+    Stop {
+        /// What to do about devices that are in use.
+        in_use: InUse,
+    },
+}
+
+/// What a stopping daemon does about devices that are in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InUse {
+    /// Keep them and do not stop.
+    Refuse,
+    /// Stop all the same: their readers get errors.
+    Abandon,
+}
+
+/// How an image's source is reached; what the client knows and the daemon does not.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SourceAccess {
+    /// HTTP without TLS, also for hosts other than loopback.
+    #[serde(default)]
+    pub plain_http: bool,
+    /// The docker configuration with the credentials.
+    #[serde(default)]
+    pub docker_config: Option<PathBuf>,
+}
+
+/// The arguments of [`Call::Attach`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attach {
+    /// The image; paths in it are absolute.
+    pub reference: String,
+    /// How its source is reached.
+    #[serde(default)]
+    pub access: SourceAccess,
+    /// `auto` or the name of a transport.
+    pub transport: String,
+    /// Who keeps the device.
+    pub lifetime: Lifetime,
+}
+
+/// How long a device stays attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lifetime {
+    /// Until it is detached.
+    Permanent,
+    /// Until this connection ends, unless it is settled before.
+    Tentative,
+}
+
+/// The arguments of [`Call::Export`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Export {
+    /// The image; paths in it are absolute.
+    pub reference: String,
+    /// How its source is reached.
+    #[serde(default)]
+    pub access: SourceAccess,
+    /// `unix:PATH` (absolute) or `tcp:HOST:PORT`.
+    pub nbd: String,
+}
+
+/// The answer to [`Call::Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The program's version.
+    pub program: String,
+    /// The daemon's process.
+    pub pid: u32,
+    /// The root directory that it owns.
+    pub root: PathBuf,
+}
+
+/// How a device is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Served.
+    Attached,
+    /// Its server died; somebody still holds it and gets errors. It goes away with `umount` or `detach`.
+    Lost,
+}
+
+/// One device, as `list`, `attach` and `mount` show it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Short and readable; what `detach` and `status` take.
+    pub id: String,
+    /// The image's reference.
+    pub image: String,
+    /// Digest of the image's manifest.
+    pub digest: String,
+    /// Path of the block device.
+    pub device: PathBuf,
+    /// Which transport serves it.
+    pub transport: String,
+    /// Where `mount` mounted it.
+    pub mountpoint: Option<PathBuf>,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// How it is doing.
+    pub state: State,
+}
+
+/// The answer to [`Call::Attach`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The new device.
+    #[serde(flatten)]
+    pub device: DeviceInfo,
+    /// What is on it: `ext4`, or something else or empty for disk images.
+    pub file_system: String,
+    /// Size of the device in bytes.
+    pub device_bytes: u64,
+    /// Why the transports before the chosen one were not possible.
+    pub passed_over: Vec<String>,
+}
+
+/// The answer to [`Call::Export`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exported {
+    /// The image's reference.
+    pub image: String,
+    /// Digest of the image's manifest.
+    pub digest: String,
+    /// What NBD clients connect to.
+    pub uri: String,
+    /// Size of the device in bytes.
+    pub device_bytes: u64,
+}
+
+/// The answer to [`Call::Stop`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    /// The devices that were detached.
+    pub detached: Vec<String>,
+    /// The devices that could not be, and why.
+    pub in_use: Vec<String>,
+    /// Whether the daemon stops.
+    pub stopping: bool,
+}
+
+/// The numbers of one device. Sizes in bytes, times in seconds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The device.
+    pub id: String,
+    /// The image's reference.
+    pub image: String,
+    /// How the device is doing.
+    pub state: State,
+    /// Size of the device.
+    pub device_bytes: u64,
+    /// Chunks of the image.
+    pub chunks: ChunkCounts,
+    /// Bytes that went somewhere.
+    pub bytes: ByteCounts,
+    /// Requests made to sources for this image.
+    pub requests: u64,
+    /// Chunk reads that the pool answered.
+    pub hits: u64,
+    /// Chunk reads that needed a source.
+    pub misses: u64,
+    /// Chunks that came with wrong bytes.
+    pub verify_failures: u64,
+    /// How long sources were unreachable.
+    pub outage_seconds: f64,
+    /// Reads that waited for a source.
+    pub waits: Waits,
+    /// The sources and what is wrong with them, if anything.
+    #[serde(default)]
+    pub sources: Vec<String>,
+    /// The last failure of a fetch.
+    #[serde(default)]
+    pub last_error: Option<String>,
+}
+
+/// Chunks of an image, counted by digest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkCounts {
+    /// In the index.
+    pub total: u64,
+    /// In the pool.
+    pub local: u64,
+    /// Fetched since the image was opened.
+    pub fetched: u64,
+    /// Fetches that failed.
+    pub failed: u64,
+}
+
+/// Bytes of a device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByteCounts {
+    /// Read from the device.
+    pub read: u64,
+    /// Fetched from sources, as stored.
+    pub fetched: u64,
+    /// Of these, in the start-up stream.
+    pub startup: u64,
+}
+
+/// Times that readers waited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Waits {
+    /// How often.
+    pub count: u64,
+    /// All of them together.
+    pub total: f64,
+    /// The longest.
+    pub max: f64,
+}
+
+impl Waits {
+    /// Waits from whole durations.
+    #[must_use]
+    pub fn new(count: u64, total: Duration, max: Duration) -> Self {
+        Self { count, total: total.as_secs_f64(), max: max.as_secs_f64() }
+    }
+}
+
+/// One line of the daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Response {
+    /// The request's id.
+    pub id: u64,
+    /// The answer, or why there is none.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Done; the type depends on the call.
+    Result(serde_json::Value),
+    /// Not done.
+    Error(Problem),
+}
+
+/// Kinds of problems that a client treats differently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// The command line or the settings make no sense.
+    Usage,
+    /// The request makes no sense to this daemon.
+    Request,
+    /// The thing is in use.
+    Busy,
+    /// There is no such thing.
+    NotFound,
+    /// This version or machine can't.
+    Unsupported,
+    /// The source can't be reached, or refuses.
+    Source,
+    /// Everything else, and what later versions add.
+    #[serde(other)]
+    Failed,
+}
+
+/// An error that crosses the socket, or ends a verb.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What failed, and where.
+    pub message: String,
+    /// Which kind of failure it is.
+    pub kind: Kind,
+    /// What to do about it.
+    #[serde(default)]
+    pub hint: Option<String>,
+}
+
+impl Problem {
+    /// A problem without a hint.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { message: message.into(), kind, hint: None }
+    }
+
+    /// The same problem with a hint.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Problem {}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        let (kind, hint) = match &error {
+            Error::Busy(_) => (Kind::Busy, None),
+            Error::NotFound { .. } => (Kind::NotFound, Some("check the reference")),
+            Error::Unsupported(_) => (Kind::Unsupported, None),
+            Error::Unreachable { .. } => (Kind::Source, Some("check the network, and the name of the host")),
+            Error::Refused { .. } => (Kind::Source, Some("check the reference, and the credentials (`docker login`)")),
+            Error::WrongBytes { .. } => (Kind::Source, Some("`firstread verify REF` lists what is damaged")),
+            Error::Io { .. } | Error::Invalid { .. } | Error::Stopping(_) => (Kind::Failed, None),
+        };
+        Self { message: error.to_string(), kind, hint: hint.map(str::to_owned) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn requests_and_responses_are_flat_and_ignore_what_they_do_not_know() {
+        let call = Call::Settle { target: "python-1".into(), mountpoint: Some("/mnt".into()) };
+        let request = Request { envelope: Envelope { version: VERSION, id: 7 }, call };
+        let text = serde_json::to_string(&request).unwrap();
+        assert_eq!(text, r#"{"version":1,"id":7,"call":"settle","target":"python-1","mountpoint":"/mnt"}"#);
+        let text = r#"{"version":1,"id":7,"call":"list","later":[1]}"#;
+        assert_eq!(serde_json::from_str::<Request>(text).unwrap().call, Call::List);
+        let text = r#"{"id":7,"error":{"message":"m","kind":"invented later"}}"#;
+        let Outcome::Error(problem) = serde_json::from_str::<Response>(text).unwrap().outcome else { unreachable!() };
+        assert_eq!(problem, Problem::new(Kind::Failed, "m"));
+    }
+}

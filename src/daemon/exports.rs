@@ -1,0 +1,86 @@
+//! Exports: an image served over NBD for as long as somebody wants it.
+
+use std::net::ToSocketAddrs;
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::attach::nbd::{Export, Exports, NbdListener, NbdOptions, serve};
+use crate::device::Device;
+use crate::error::{Error, Result};
+
+/// A server that runs until it is stopped or dropped.
+#[derive(Debug)]
+pub struct Serving {
+    /// What clients connect to.
+    pub uri: String,
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<Result<()>>,
+}
+
+impl Serving {
+    /// Serves `device` at `address`: `unix:PATH` or `tcp:HOST:PORT`.
+    ///
+    /// # Errors
+    /// An address that is malformed or can't be bound.
+    pub async fn start(address: &str, description: String, device: Arc<dyn Device>) -> Result<Self> {
+        let (listener, uri) = bind(address).await?;
+        let mut exports = Exports::new();
+        exports.add(Export { name: String::new(), description, device })?;
+        let (stop, stopped) = oneshot::channel::<()>();
+        let task = tokio::spawn(serve(listener, exports, NbdOptions::default(), async {
+            // A sender that is gone means the same as its word.
+            let _ = stopped.await;
+        }));
+        Ok(Self { uri, stop: Some(stop), task })
+    }
+
+    /// Stops; returns when the socket is gone.
+    ///
+    /// # Errors
+    /// What ended the server.
+    pub async fn stop(mut self) -> Result<()> {
+        drop(self.stop.take());
+        (&mut self.task)
+            .await
+            .unwrap_or_else(|error| Err(Error::Unsupported(format!("an export that panicked: {error}"))))
+    }
+}
+
+async fn bind(address: &str) -> Result<(NbdListener, String)> {
+    let invalid = |reason: &str| Error::invalid("address", format!("{address:?}: {reason}"));
+    match address.split_once(':') {
+        Some(("unix", path)) => {
+            let path = Path::new(path);
+            if !path.is_absolute() {
+                return Err(invalid("the socket's path must be absolute"));
+            }
+            Ok((NbdListener::unix(path)?, format!("nbd+unix:///?socket={}", escape(&path.display().to_string()))))
+        }
+        Some(("tcp", rest)) => {
+            let name = rest.to_owned();
+            let found = tokio::task::spawn_blocking(move || name.to_socket_addrs().map(|mut found| found.next())).await;
+            let found = found.ok().and_then(std::result::Result::ok).flatten();
+            let listener = NbdListener::tcp(found.ok_or_else(|| invalid("the host was not found"))?)?;
+            let bound = listener.tcp_address().ok_or_else(|| invalid("it is not bound"))?;
+            Ok((listener, format!("nbd://{bound}")))
+        }
+        _ => Err(invalid("write unix:PATH or tcp:HOST:PORT")),
+    }
+}
+
+/// Percent-encodes what has a meaning in a URI's query.
+fn escape(path: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+    path.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn paths_are_escaped_for_a_uri() {
+        assert_eq!(super::escape("/run/a b&c.sock"), "/run/a%20b%26c.sock");
+    }
+}

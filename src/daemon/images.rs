@@ -1,0 +1,60 @@
+//! Open images: devices of one image share its index and its origin, and so its fetches.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use super::control::SourceAccess;
+use crate::chunk::Digest;
+use crate::error::Result;
+use crate::fetch::{Image, open_image};
+use crate::oci::{Platform, Reference};
+use crate::source::Access;
+
+type Key = (String, Digest, SourceAccess);
+
+/// The images that devices and exports use.
+#[derive(Default)]
+pub struct Images {
+    open: Mutex<HashMap<Key, Weak<Image>>>,
+    cache: PathBuf,
+}
+
+impl Images {
+    /// No image is open; indexes are kept in `cache`.
+    #[must_use]
+    pub fn new(cache: &Path) -> Self {
+        Self { open: Mutex::default(), cache: cache.to_owned() }
+    }
+
+    /// Opens an image, or finds it open. The reference is resolved in any case: a tag may have moved.
+    ///
+    /// # Errors
+    /// Those of [`open_image`].
+    pub async fn open(&self, reference: &Reference, access: &SourceAccess) -> Result<Arc<Image>> {
+        let image = open_image(reference, &source_access(access), &Platform::host(), &self.cache).await?;
+        let key = (reference.to_string(), image.manifest_digest, access.clone());
+        let mut open = self.open.lock();
+        if let Some(image) = open.get(&key).and_then(Weak::upgrade) {
+            return Ok(image);
+        }
+        open.retain(|_, image| image.strong_count() > 0);
+        let image = Arc::new(image);
+        open.insert(key, Arc::downgrade(&image));
+        Ok(image)
+    }
+}
+
+/// The source layer's view of how an image is reached.
+#[must_use]
+pub fn source_access(access: &SourceAccess) -> Access {
+    Access { plain_http: access.plain_http, docker_config: access.docker_config.clone(), ..Access::default() }
+}
+
+/// Where the verified indexes of the root directory `root` are.
+#[must_use]
+pub fn index_cache(root: &Path) -> PathBuf {
+    root.join("index")
+}

@@ -1,0 +1,19 @@
+//! The daemon: many devices, one pool, and a control socket.
+//!
+//! `startup` takes the run directory, cleans up after a daemon that died, and serves; `server` is the control socket's
+//! end here and `client` the one of the verbs; `node` does what they ask for. What must outlive the process is in
+//! `records`.
+
+pub mod attachment;
+pub mod client;
+pub mod config;
+pub mod control;
+pub mod devices;
+pub mod exports;
+pub mod images;
+pub mod mounts;
+pub mod node;
+pub mod records;
+pub mod rundir;
+pub mod server;
+pub mod startup;

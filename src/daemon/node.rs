@@ -1,0 +1,317 @@
+//! The node: its pool, its images, its devices, and what a client can ask for.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::attachment::{self, Attachment};
+use super::config::{Config, Patience};
+use super::control::{
+    Attach, Attached, ByteCounts, ChunkCounts, DeviceInfo, Export, Exported, Hello, InUse, Kind, Problem, SourceAccess,
+    State, Status, Stopped, Waits,
+};
+use super::devices::{Devices, Entry, Served, still_held};
+use super::exports::Serving;
+use super::images::{Images, index_cache};
+use super::records::{Record, Records};
+use super::server::Stopping;
+use crate::device::{Device, ImageDevice};
+use crate::error::{Error, Result};
+use crate::fetch::{FetchOptions, Fetcher, Image};
+use crate::map::Map;
+use crate::oci::Reference;
+use crate::pool::{Pool, PoolOptions, PoolStat};
+
+/// What the daemon is made of.
+pub struct Node {
+    config: Config,
+    pool: Arc<Pool>,
+    fetcher: Arc<Fetcher>,
+    images: Images,
+    devices: Arc<Devices>,
+    stop: watch::Sender<bool>,
+}
+
+impl Node {
+    /// Opens the pool. `lost` are the devices of an earlier daemon that somebody still holds.
+    ///
+    /// # Errors
+    /// A pool that another process owns, or that can't be made.
+    pub fn open(config: Config, records: Records, lost: Vec<Record>) -> Result<Arc<Self>> {
+        let options = PoolOptions { limit: config.pool_limit, ..PoolOptions::default() };
+        let pool = Arc::new(Pool::open(&config.root.join("pool"), &options)?);
+        let on_outage = match config.on_outage {
+            Patience::For(time) => Some(time),
+            Patience::Endless => None,
+        };
+        let fetcher = Fetcher::new(Arc::clone(&pool), FetchOptions { on_outage, ..FetchOptions::default() });
+        let images = Images::new(&index_cache(&config.root));
+        let devices = Arc::new(Devices::new(records, lost));
+        Ok(Arc::new(Self { config, pool, fetcher, images, devices, stop: watch::Sender::new(false) }))
+    }
+
+    /// Becomes true when the daemon stops.
+    #[must_use]
+    pub fn stopping(&self) -> Stopping {
+        self.stop.subscribe()
+    }
+
+    /// Who this is.
+    #[must_use]
+    pub fn hello(&self) -> Hello {
+        let program = env!("CARGO_PKG_VERSION").to_owned();
+        Hello { program, pid: std::process::id(), root: self.config.root.clone() }
+    }
+
+    /// Exposes an image as a device.
+    ///
+    /// # Errors
+    /// An image that can't be opened, or a transport that can't be had.
+    pub async fn attach(&self, request: &Attach) -> std::result::Result<Attached, Problem> {
+        self.accepting()?;
+        let choice = attachment::choose(&request.transport)?;
+        let (image, device) = self.open_device(&request.reference, &request.access).await?;
+        let reserved = self.devices.reserve(&name_of(&image.reference));
+        let mut info = DeviceInfo {
+            id: reserved.id().to_owned(),
+            image: image.reference.to_string(),
+            digest: image.manifest_digest.to_string(),
+            device: PathBuf::new(),
+            transport: choice.transport.name().to_owned(),
+            mountpoint: None,
+            read_only: true,
+            state: State::Attached,
+        };
+        let (file_system, device_bytes) = (image.index.file_system().to_owned(), device.size());
+        let runtime = tokio::runtime::Handle::current();
+        let info = blocking(move || {
+            let attachment = Attachment::attach(choice.transport, Arc::clone(&device) as Arc<dyn Device>, runtime)?;
+            info.device = attachment.path().to_owned();
+            let served = Served { image, device };
+            reserved.fill(info.clone(), served, attachment)?;
+            Ok(info)
+        })
+        .await?;
+        tracing::info!("{}: {} is {}", info.id, info.image, info.device.display());
+        Ok(Attached { device: info, file_system, device_bytes, passed_over: choice.passed_over })
+    }
+
+    /// Makes a device permanent, and remembers where it is mounted.
+    ///
+    /// # Errors
+    /// There is no such device, or its record can't be written.
+    pub async fn settle(&self, target: &str, mountpoint: Option<PathBuf>) -> std::result::Result<DeviceInfo, Problem> {
+        let entry = self.devices.find(target)?;
+        let devices = Arc::clone(&self.devices);
+        Ok(blocking(move || devices.set_mountpoint(&entry, mountpoint)).await?)
+    }
+
+    /// Detaches a device.
+    ///
+    /// # Errors
+    /// There is no such device, or somebody uses it.
+    pub async fn detach(&self, target: &str) -> std::result::Result<DeviceInfo, Problem> {
+        let entry = self.devices.find(target)?;
+        self.detach_entry(entry).await
+    }
+
+    async fn detach_entry(&self, entry: Arc<Entry>) -> std::result::Result<DeviceInfo, Problem> {
+        let devices = Arc::clone(&self.devices);
+        let info = entry.info();
+        let taken = entry.take()?;
+        let done = blocking(move || {
+            let info = entry.info();
+            match taken {
+                Some(mut attachment) => {
+                    if let Err(error) = attachment.detach() {
+                        entry.put_back(attachment);
+                        return Err(error);
+                    }
+                }
+                None => attachment::release_lost(&info)?,
+            }
+            devices.forget(&info.id)
+        })
+        .await;
+        match done {
+            Ok(()) => {
+                tracing::info!("{}: detached {}", info.id, info.device.display());
+                Ok(info)
+            }
+            Err(error) => {
+                let hint = match (&error, &info.mountpoint) {
+                    (Error::Busy(_), Some(dir)) => Some(format!("`firstread umount {}` first", dir.display())),
+                    (Error::Busy(_), None) => Some("whoever holds it must let go first".to_owned()),
+                    _ => None,
+                };
+                let problem = Problem::from(error);
+                Err(Problem { message: format!("detaching {}: {}", info.id, problem.message), hint, ..problem })
+            }
+        }
+    }
+
+    /// The device with this id, device path or mountpoint.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, target: &str) -> std::result::Result<DeviceInfo, Problem> {
+        Ok(self.devices.find(target)?.info())
+    }
+
+    /// All devices.
+    #[must_use]
+    pub fn list(&self) -> Vec<DeviceInfo> {
+        let mut all: Vec<DeviceInfo> = self.devices.all().iter().map(|entry| entry.info()).collect();
+        all.retain(|info| {
+            let held = still_held(info);
+            if !held {
+                tracing::info!("{}: nobody holds the lost {} any more", info.id, info.device.display());
+                if let Err(error) = self.devices.forget(&info.id) {
+                    tracing::warn!("{}: {error}", info.id);
+                }
+            }
+            held
+        });
+        all
+    }
+
+    /// The numbers of one device, or of all.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub async fn status(&self, target: Option<&str>) -> std::result::Result<Vec<Status>, Problem> {
+        let entries = match target {
+            Some(target) => vec![self.devices.find(target)?],
+            None => self.devices.all(),
+        };
+        let pool = Arc::clone(&self.pool);
+        Ok(blocking(move || Ok(entries.iter().map(|entry| numbers(entry, &pool)).collect())).await?)
+    }
+
+    /// Serves an image over NBD.
+    ///
+    /// # Errors
+    /// An image that can't be opened, or an address that can't be bound.
+    pub async fn export(&self, request: &Export) -> std::result::Result<(Exported, Serving), Problem> {
+        self.accepting()?;
+        let (image, device) = self.open_device(&request.reference, &request.access).await?;
+        let name = image.reference.to_string();
+        let device_bytes = device.size();
+        let serving = Serving::start(&request.nbd, name.clone(), device).await?;
+        tracing::info!("{name} is exported at {}", serving.uri);
+        let digest = image.manifest_digest.to_string();
+        Ok((Exported { image: name, digest, uri: serving.uri.clone(), device_bytes }, serving))
+    }
+
+    /// The pool's numbers.
+    #[must_use]
+    pub fn pool_stat(&self) -> PoolStat {
+        self.pool.stat()
+    }
+
+    /// Detaches what can be detached, and stops if nothing is left or `in_use` says so.
+    pub async fn stop(&self, in_use: InUse) -> Stopped {
+        let mut stopped = Stopped { detached: Vec::new(), in_use: Vec::new(), stopping: false };
+        for entry in self.devices.all() {
+            let info = entry.info();
+            match self.detach_entry(entry).await {
+                Ok(_) => stopped.detached.push(info.id),
+                Err(problem) if problem.kind == Kind::NotFound => {}
+                // It was lost before, and stopping changes nothing for it.
+                Err(_) if info.state == State::Lost => {}
+                Err(problem) => stopped.in_use.push(problem.message),
+            }
+        }
+        if stopped.in_use.is_empty() || in_use == InUse::Abandon {
+            for message in &stopped.in_use {
+                tracing::warn!("stopping all the same; readers get errors from now on: {message}");
+            }
+            stopped.stopping = true;
+            self.stop.send_replace(true);
+        }
+        stopped
+    }
+
+    /// What is to be done before the process ends.
+    pub async fn close(&self) {
+        let pool = Arc::clone(&self.pool);
+        if let Err(error) = blocking(move || pool.sync()).await {
+            tracing::warn!("the pool: {error}");
+        }
+    }
+
+    async fn open_device(&self, reference: &str, access: &SourceAccess) -> Result<(Arc<Image>, Arc<ImageDevice>)> {
+        let reference: Reference = reference.parse()?;
+        let image = self.images.open(&reference, access).await?;
+        let map = Map::new(Arc::clone(&image.index));
+        let device =
+            ImageDevice::new(map, Arc::clone(&image.origin), Arc::clone(&self.fetcher), Arc::clone(&self.pool));
+        Ok((image, device))
+    }
+
+    fn accepting(&self) -> Result<()> {
+        if *self.stop.borrow() { Err(Error::Stopping("the daemon".to_owned())) } else { Ok(()) }
+    }
+}
+
+fn numbers(entry: &Entry, pool: &Pool) -> Status {
+    let info = entry.info();
+    let mut status = Status {
+        id: info.id,
+        image: info.image,
+        state: info.state,
+        device_bytes: 0,
+        chunks: ChunkCounts::default(),
+        bytes: ByteCounts::default(),
+        requests: 0,
+        hits: 0,
+        misses: 0,
+        verify_failures: 0,
+        outage_seconds: 0.0,
+        waits: Waits::default(),
+        sources: Vec::new(),
+        last_error: None,
+    };
+    let Some(served) = &entry.served else { return status };
+    let (index, origin) = (&served.image.index, &served.image.origin);
+    let (fetched, read) = (origin.counters().snapshot(), served.device.counts());
+    let local = index.chunks().filter(|chunk| pool.contains(&chunk.digest)).count();
+    status.device_bytes = index.device_bytes();
+    status.chunks = ChunkCounts {
+        total: u64::from(index.chunk_count()),
+        local: local as u64,
+        fetched: fetched.chunks,
+        failed: fetched.failed,
+    };
+    status.bytes = ByteCounts { read: read.bytes, fetched: fetched.bytes, startup: 0 };
+    status.requests = fetched.requests;
+    (status.hits, status.misses) = (read.hits, read.misses);
+    status.verify_failures = fetched.verify_failures;
+    status.outage_seconds = fetched.outage_seconds;
+    status.waits = Waits { count: fetched.waits.count, total: fetched.waits.total, max: fetched.waits.max };
+    status.sources = origin.sources().iter().map(|source| source.name().to_owned()).collect();
+    status
+}
+
+/// The last part of a repository or of a path.
+fn name_of(reference: &Reference) -> String {
+    match reference {
+        Reference::Registry(reference) => reference.repository.rsplit('/').next().unwrap_or_default().to_owned(),
+        Reference::Layout { dir, .. } => dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        _ => String::new(),
+    }
+}
+
+/// Runs `work` on a thread where it may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) if error.is_panic() => Err(Error::Unsupported(format!("a bug: {error}"))),
+        Err(_) => Err(Error::Stopping("the daemon".to_owned())),
+    }
+}
+
+/// How long the daemon waits for its clients when it stops.
+pub const FAREWELL: Duration = Duration::from_secs(5);

@@ -1,0 +1,163 @@
+//! From a configuration to a running daemon, and its end.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::config::Config;
+use super::control::{InUse, Problem, SOCKET};
+use super::devices::still_held;
+use super::node::Node;
+use super::records::{Record, Records, boot};
+use super::rundir::RunDir;
+use super::server;
+use crate::error::{Error, Result};
+use crate::sys::namespace::enter_private_mount_namespace;
+
+/// What a daemon that a verb started writes to its standard output when it serves.
+pub const READY: &str = "ready";
+
+/// What it writes when it can't, followed by the reason.
+pub const FAILED: &str = "failed: ";
+
+/// Threads that run tasks. Hits are answered by the transports' threads, so that few are enough.
+const WORKERS: usize = 2;
+
+/// Threads for work that blocks: decoding, hashing, admitting, loop devices.
+const BLOCKING: usize = 8;
+
+/// Who waits for the daemon to be ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Nobody: it was started by hand or by a service manager.
+    Foreground,
+    /// A verb, which reads [`READY`] or [`FAILED`] from its standard output.
+    Background,
+}
+
+/// Runs the daemon until it is stopped.
+///
+/// Must be called before this process has a second thread: the mount namespace that it enters is one for each thread.
+///
+/// # Errors
+/// What kept it from starting.
+pub fn run(config: Config, start: Start) -> std::result::Result<(), Problem> {
+    if start == Start::Background {
+        // Only a leader of a process group can't, and a child that a verb just made is none.
+        let _ = rustix::process::setsid();
+    }
+    let outcome = serve(config, start);
+    if let (Err(problem), Start::Background) = (&outcome, start) {
+        tracing::error!("{problem}");
+        announce(&format!("{FAILED}{}", problem.message.replace('\n', " ")));
+    }
+    outcome
+}
+
+fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
+    let run_dir = RunDir::lock(&config.run)?;
+    std::fs::create_dir_all(&config.root)
+        .map_err(|error| Error::io(format!("creating the root directory {}", config.root.display()), error))?;
+    let records = Records::open(&config.root.join("devices"))?;
+    let remembered = remembered(&records)?;
+    let lost = still_lost(&records, remembered)?;
+    enter_private_mount_namespace(&[&config.root, &config.run])?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .max_blocking_threads(BLOCKING)
+        .thread_name("firstread")
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("starting the runtime", error))?;
+    runtime.block_on(async {
+        let node = Node::open(config.clone(), records, lost)?;
+        let listener = server::bind(run_dir.path())?;
+        let signals = Signals::new()?;
+        tracing::info!("serving {} at {}", config.root.display(), run_dir.path().join(SOCKET).display());
+        if start == Start::Background {
+            announce(READY);
+        }
+        let watcher = tokio::spawn(signals.watch(Arc::clone(&node)));
+        server::serve(listener, Arc::clone(&node)).await;
+        watcher.abort();
+        node.close().await;
+        Ok::<(), Problem>(())
+    })?;
+    // Requests that nobody waits for any more are not waited for either.
+    runtime.shutdown_background();
+    // The lock is still held: the socket is this daemon's.
+    if let Err(error) = std::fs::remove_file(run_dir.path().join(SOCKET)) {
+        tracing::warn!("removing the control socket: {error}");
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// The devices of an earlier daemon on this start of the machine; records of an earlier start are dropped.
+fn remembered(records: &Records) -> Result<Vec<Record>> {
+    let found = records.load()?;
+    for (path, reason) in found.damaged {
+        tracing::error!("the record {} is damaged and was set aside: {reason}", path.display());
+    }
+    let boot = boot();
+    let (current, old): (Vec<_>, Vec<_>) = found.records.into_iter().partition(|record| record.boot == boot);
+    for record in old {
+        tracing::info!("{} was attached before the machine started; forgotten", record.device.id);
+        records.remove(&record.device.id)?;
+    }
+    Ok(current)
+}
+
+/// Those that somebody still holds; the others are reported and dropped.
+fn still_lost(records: &Records, remembered: Vec<Record>) -> Result<Vec<Record>> {
+    let (held, free): (Vec<_>, Vec<_>) = remembered.into_iter().partition(|record| still_held(&record.device));
+    for record in &held {
+        let device = &record.device;
+        tracing::warn!(
+            "{}: {} was lost with an earlier daemon and is still in use",
+            device.id,
+            device.device.display()
+        );
+    }
+    for record in free {
+        let device = &record.device;
+        tracing::warn!("{}: {} was lost with an earlier daemon", device.id, device.device.display());
+        records.remove(&device.id)?;
+    }
+    Ok(held)
+}
+
+/// Writes a line for the verb that waits, and gives standard output up.
+fn announce(line: &str) {
+    // The verb may have been killed meanwhile; the daemon stays.
+    let _ = writeln!(io::stdout(), "{line}");
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+    }
+}
+
+/// The signals that stop the daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let catch = |kind| signal(kind).map_err(|error| Error::io("catching signals", error));
+        Ok(Self { terminate: catch(SignalKind::terminate())?, interrupt: catch(SignalKind::interrupt())? })
+    }
+
+    async fn watch(mut self, node: Arc<Node>) {
+        let name = tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        };
+        tracing::info!("{name}: stopping");
+        for id in node.stop(InUse::Abandon).await.detached {
+            tracing::info!("{id}: detached");
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The image as a device: a map, and chunks from the pool or from the image's sources.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use serde::Serialize;
+
+use super::{Device, DeviceFuture, Local, Residence, check_range};
+use crate::chunk::{CHUNK_MAX, ChunkRef};
+use crate::error::{Error, Result};
+use crate::fetch::{Fetcher, Origin, Priority};
+use crate::map::{Map, Piece};
+use crate::pool::{Lookup, Pool};
+
+/// Plain bytes that one request of a device waits for at a time: bounds the memory of a read however many chunks it touches.
+const BATCH_BYTES: u64 = 16 * CHUNK_MAX as u64;
+
+/// Pieces that one question for residence looks at.
+const RESIDENCE_PIECES: usize = 1 << 16;
+
+/// An image's device: read-only.
+pub struct ImageDevice {
+    map: Map,
+    origin: Arc<Origin>,
+    fetcher: Arc<Fetcher>,
+    pool: Arc<Pool>,
+    counters: Counters,
+}
+
+/// Apart from everything else, so that counting disturbs no reader's cache line but its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Counters {
+    bytes: AtomicU64,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+/// What a device has been asked for since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ReadCounts {
+    /// Bytes read, zeros included.
+    pub bytes: u64,
+    /// Reads answered from local data and zeros.
+    pub hits: u64,
+    /// Reads that had to wait for a source.
+    pub misses: u64,
+}
+
+/// A piece of a request whose chunk is not in the pool.
+struct Missing {
+    chunk: u32,
+    /// First byte in the chunk.
+    skip: usize,
+    /// First byte in the request's buffer.
+    at: usize,
+    len: usize,
+}
+
+impl ImageDevice {
+    /// A device whose content `map` describes; its chunks come from `pool`, and from `origin` through `fetcher`.
+    #[must_use]
+    pub fn new(map: Map, origin: Arc<Origin>, fetcher: Arc<Fetcher>, pool: Arc<Pool>) -> Arc<Self> {
+        Arc::new(Self { map, origin, fetcher, pool, counters: Counters::default() })
+    }
+
+    /// The map.
+    #[must_use]
+    pub fn map(&self) -> &Map {
+        &self.map
+    }
+
+    /// Where the chunks come from.
+    #[must_use]
+    pub fn origin(&self) -> &Arc<Origin> {
+        &self.origin
+    }
+
+    /// What was read so far.
+    #[must_use]
+    pub fn counts(&self) -> ReadCounts {
+        let Counters { bytes, hits, misses } = &self.counters;
+        ReadCounts { bytes: bytes.load(Relaxed), hits: hits.load(Relaxed), misses: misses.load(Relaxed) }
+    }
+
+    fn chunk(&self, number: u32) -> Result<ChunkRef> {
+        // A valid index has all chunks that its extents name.
+        self.map.index().chunk(number).ok_or_else(|| Error::invalid("index", format!("it has no chunk {number}")))
+    }
+
+    fn count(&self, counter: &AtomicU64, bytes: usize) {
+        counter.fetch_add(1, Relaxed);
+        self.counters.bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    async fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        check_range(self.size(), offset, buf.len() as u64)?;
+        let mut missing = Vec::new();
+        let mut waited = false;
+        let (mut at, mut bytes) = (0, 0);
+        for piece in self.map.cover(offset, buf.len() as u64) {
+            let end = at + piece.len() as usize;
+            let part = part(buf, at, end)?;
+            match piece {
+                Piece::Zero { .. } => part.fill(0),
+                Piece::Chunk { chunk, skip, len } => {
+                    let reference = self.chunk(chunk)?;
+                    if self.pool.read(&reference.digest, skip, part) == Lookup::Miss {
+                        missing.push(Missing { chunk, skip: skip as usize, at, len: len as usize });
+                        bytes += u64::from(reference.plain_len);
+                        waited = true;
+                    }
+                }
+            }
+            at = end;
+            if bytes >= BATCH_BYTES {
+                self.fetch(&std::mem::take(&mut missing), buf).await?;
+                bytes = 0;
+            }
+        }
+        if !missing.is_empty() {
+            self.fetch(&missing, buf).await?;
+        }
+        self.count(if waited { &self.counters.misses } else { &self.counters.hits }, buf.len());
+        Ok(())
+    }
+
+    /// Fetches the chunks of `missing` at once, so that neighbours come in one request, and copies the pieces to `buf`.
+    async fn fetch(&self, missing: &[Missing], buf: &mut [u8]) -> Result<()> {
+        let mut numbers: Vec<u32> = missing.iter().map(|piece| piece.chunk).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        let references = numbers.iter().map(|&number| self.chunk(number)).collect::<Result<Vec<_>>>()?;
+        let mut fetched = self.fetcher.fetch(&self.origin, &references, Priority::Demand).await;
+        if fetched.len() != references.len() {
+            return Err(Error::invalid("fetch", format!("{} results for {} chunks", fetched.len(), references.len())));
+        }
+        for piece in missing {
+            let Ok(position) = numbers.binary_search(&piece.chunk) else { continue };
+            let chunk = match &mut fetched[position] {
+                Ok(chunk) => chunk,
+                Err(error) => return Err(error.clone()),
+            };
+            let bytes = chunk.bytes().get(piece.skip..piece.skip + piece.len).ok_or_else(|| {
+                let (digest, len) = (chunk.digest(), chunk.bytes().len());
+                Error::invalid("index", format!("it says that chunk {digest} is longer than its {len} bytes"))
+            })?;
+            part(buf, piece.at, piece.at + piece.len)?.copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+}
+
+/// `buf[from..to]`; a cover never leaves its range.
+fn part(buf: &mut [u8], from: usize, to: usize) -> Result<&mut [u8]> {
+    buf.get_mut(from..to).ok_or_else(|| Error::invalid("map", format!("bytes {from} to {to} are outside the request")))
+}
+
+impl Device for ImageDevice {
+    fn size(&self) -> u64 {
+        self.map.index().device_bytes()
+    }
+
+    fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
+        check_range(self.size(), offset, buf.len() as u64)?;
+        let mut at = 0;
+        for piece in self.map.cover(offset, buf.len() as u64) {
+            let end = at + piece.len() as usize;
+            let part = part(buf, at, end)?;
+            match piece {
+                Piece::Zero { .. } => part.fill(0),
+                Piece::Chunk { chunk, skip, .. } => {
+                    if self.pool.read(&self.chunk(chunk)?.digest, skip, part) == Lookup::Miss {
+                        return Ok(Local::Missing);
+                    }
+                }
+            }
+            at = end;
+        }
+        self.count(&self.counters.hits, buf.len());
+        Ok(Local::Done)
+    }
+
+    fn read_at<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> DeviceFuture<'a, ()> {
+        Box::pin(self.read(offset, buf))
+    }
+
+    /// Looks at a bounded number of pieces; what lies behind them counts as remote.
+    fn residence(&self, offset: u64, len: u64) -> Result<Vec<(u64, Residence)>> {
+        check_range(self.size(), offset, len)?;
+        let mut runs: Vec<(u64, Residence)> = Vec::new();
+        let mut add = |len, residence| match runs.last_mut() {
+            Some((run, last)) if *last == residence => *run += len,
+            _ => runs.push((len, residence)),
+        };
+        let mut left = len;
+        for piece in self.map.cover(offset, len).take(RESIDENCE_PIECES) {
+            let residence = match piece {
+                Piece::Zero { .. } => Residence::Zero,
+                Piece::Chunk { chunk, .. } if self.pool.contains(&self.chunk(chunk)?.digest) => Residence::Local,
+                Piece::Chunk { .. } => Residence::Remote,
+            };
+            add(piece.len(), residence);
+            left -= piece.len();
+        }
+        if left > 0 {
+            add(left, Residence::Remote);
+        }
+        Ok(runs)
+    }
+}
