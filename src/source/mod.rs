@@ -1,5 +1,10 @@
 //! Sources: where stored bytes come from. Untrusted: nothing that a source says is believed before it is verified.
 
+mod layout;
+#[cfg(feature = "registry")]
+mod registry;
+mod repository;
+
 use std::future::Future;
 use std::pin::Pin;
 
@@ -8,6 +13,11 @@ use futures_util::Stream;
 
 use crate::error::Result;
 use crate::index::Blob;
+
+pub use layout::Layout;
+#[cfg(feature = "registry")]
+pub use registry::Registry;
+pub use repository::{Access, Content, Purpose, RawDocument, Repository};
 
 /// The body of a ranged read: pieces as they arrive. Ends after exactly the bytes asked for, or with an error.
 pub type Body = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;

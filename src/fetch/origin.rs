@@ -1,0 +1,131 @@
+//! An origin: one image's blobs, the sources that have them, and what fetching from them has cost so far.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use super::queue::Queue;
+use crate::index::Blob;
+use crate::source::Source;
+
+/// Where the chunks of one image come from.
+pub struct Origin {
+    blobs: Vec<Blob>,
+    sources: Vec<Arc<dyn Source>>,
+    counters: Counters,
+    pub(super) queue: Mutex<Queue>,
+}
+
+impl Origin {
+    /// An origin with the image's `blobs` in the index's order and its sources, best first.
+    #[must_use]
+    pub fn new(blobs: Vec<Blob>, sources: Vec<Arc<dyn Source>>) -> Self {
+        Self { blobs, sources, counters: Counters::default(), queue: Mutex::new(Queue::default()) }
+    }
+
+    /// The blobs, by number.
+    #[must_use]
+    pub fn blobs(&self) -> &[Blob] {
+        &self.blobs
+    }
+
+    /// The sources, best first.
+    #[must_use]
+    pub fn sources(&self) -> &[Arc<dyn Source>] {
+        &self.sources
+    }
+
+    /// What fetching has cost since the origin was made.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+}
+
+/// Counters of an origin. Each is right by itself; together they are not one moment's.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub(super) chunks: AtomicU64,
+    pub(super) bytes: AtomicU64,
+    pub(super) requests: AtomicU64,
+    pub(super) failed: AtomicU64,
+    pub(super) verify_failures: AtomicU64,
+    waits: AtomicU64,
+    waited_ns: AtomicU64,
+    longest_wait_ns: AtomicU64,
+    pub(super) outage_ns: AtomicU64,
+}
+
+/// The values of [`Counters`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct CounterValues {
+    /// Chunks fetched and verified.
+    pub chunks: u64,
+    /// Bytes received from sources, including what was skipped or discarded.
+    pub bytes: u64,
+    /// Requests to sources.
+    pub requests: u64,
+    /// Chunks whose fetch ended in an error.
+    pub failed: u64,
+    /// Times that bytes were not what the index promised.
+    pub verify_failures: u64,
+    /// Fetches on demand that a reader waited for.
+    pub waits: Waits,
+    /// Seconds in which readers waited while no source could be reached.
+    pub outage_seconds: f64,
+}
+
+/// How long readers waited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Waits {
+    /// How often.
+    pub count: u64,
+    /// Seconds, summed over the readers.
+    pub total: f64,
+    /// The longest wait in seconds.
+    pub max: f64,
+}
+
+impl Counters {
+    /// The values now.
+    #[must_use]
+    pub fn snapshot(&self) -> CounterValues {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let seconds = |counter: &AtomicU64| Duration::from_nanos(get(counter)).as_secs_f64();
+        CounterValues {
+            chunks: get(&self.chunks),
+            bytes: get(&self.bytes),
+            requests: get(&self.requests),
+            failed: get(&self.failed),
+            verify_failures: get(&self.verify_failures),
+            waits: Waits {
+                count: get(&self.waits),
+                total: seconds(&self.waited_ns),
+                max: seconds(&self.longest_wait_ns),
+            },
+            outage_seconds: seconds(&self.outage_ns),
+        }
+    }
+
+    pub(super) fn add(counter: &AtomicU64, value: u64) {
+        counter.fetch_add(value, Ordering::Relaxed);
+    }
+
+    pub(super) fn waited(&self, time: Duration) {
+        let ns = nanoseconds(time);
+        Self::add(&self.waits, 1);
+        Self::add(&self.waited_ns, ns);
+        self.longest_wait_ns.fetch_max(ns, Ordering::Relaxed);
+    }
+
+    pub(super) fn outage(&self, time: Duration) {
+        Self::add(&self.outage_ns, nanoseconds(time));
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
