@@ -1,8 +1,11 @@
 //! Media: what durable local state is written to. Real files in production, a crashing medium in tests.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+
+use rustix::fs::OFlags;
 
 /// A random-access file. All offsets and lengths are in bytes.
 ///
@@ -67,5 +70,127 @@ impl Media for File {
 
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+}
+
+/// A file on a disk that can only be read: changes fail with EROFS, not with the EBADF of its descriptor.
+struct ReadOnly(File);
+
+impl Media for ReadOnly {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read(offset, buf)
+    }
+
+    fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
+        Err(ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, _: u64) -> io::Result<()> {
+        Err(ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A flat directory of media. Real directories in production, a crashing one in tests.
+///
+/// What a caller may assume after a crash: files created, renamed and removed before a successful
+/// [`sync`](MediaDir::sync) are as they were left; of what was done after it, each step is there or not, and a rename
+/// shows the old file or the new one whole.
+pub trait MediaDir: Send + Sync {
+    /// The names of all files in the directory, in no particular order.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn names(&self) -> io::Result<Vec<String>>;
+
+    /// Opens an existing regular file, without writing when its disk can only be read.
+    ///
+    /// # Errors
+    /// What the system says, e.g. ENOENT, or `InvalidInput` for anything but a regular file.
+    fn open(&self, name: &str) -> io::Result<Box<dyn Media>>;
+
+    /// Creates an empty file.
+    ///
+    /// # Errors
+    /// What the system says, e.g. EEXIST, ENOSPC, EROFS.
+    fn create(&self, name: &str) -> io::Result<Box<dyn Media>>;
+
+    /// Renames a file, replacing what has the new name.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn remove(&self, name: &str) -> io::Result<()>;
+
+    /// Makes the directory's entries durable (not the content of its files).
+    ///
+    /// # Errors
+    /// What the system says.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A directory of the file system.
+#[derive(Clone, Debug)]
+pub struct Directory(PathBuf);
+
+impl Directory {
+    /// The directory at `path`, which exists.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+}
+
+impl MediaDir for Directory {
+    fn names(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.0)? {
+            // Names that are not UTF-8 are nobody's that uses this trait.
+            names.extend(entry?.file_name().into_string().ok());
+        }
+        Ok(names)
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn Media>> {
+        // A FIFO or a device must neither block nor be read from; a link could lead anywhere.
+        let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits() as i32;
+        let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags).open(self.0.join(name));
+        let (file, writable) = match open(true) {
+            Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => (open(false)?, false),
+            opened => (opened?, true),
+        };
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
+        }
+        if writable { Ok(Box::new(file)) } else { Ok(Box::new(ReadOnly(file))) }
+    }
+
+    fn create(&self, name: &str) -> io::Result<Box<dyn Media>> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(self.0.join(name))?;
+        Ok(Box::new(file))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.0.join(from), self.0.join(to))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_file(self.0.join(name))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.0)?.sync_all()
     }
 }

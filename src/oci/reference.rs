@@ -196,7 +196,11 @@ fn check_host(host: &str) -> Result<(), &'static str> {
         Some(rest) => {
             let (address, port) = rest.split_once(']').ok_or("the host's [ is not closed")?;
             address.parse::<std::net::Ipv6Addr>().map_err(|_| "what is in [] is not an IPv6 address")?;
-            ("v6", port.strip_prefix(':').or(if port.is_empty() { None } else { Some(port) }))
+            match port.strip_prefix(':') {
+                Some(port) => ("v6", Some(port)),
+                None if port.is_empty() => ("v6", None),
+                None => return Err("what follows ] is not a port"),
+            }
         }
         None => match host.split_once(':') {
             Some((name, port)) => (name, Some(port)),

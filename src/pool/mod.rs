@@ -1,4 +1,269 @@
 //! The pool: verified chunks kept locally, shared by all images of a node.
+//!
+//! On disk: append-only slabs of plain chunks and a journal; FORMAT.md, beside this file, describes them, what is assumed
+//! about the medium, and why a crash can't lead to wrong bytes. In memory: digest to place, at most 70 bytes a chunk.
+//!
+//! Invariants:
+//!
+//! * A reader gets bytes that were verified since this start: when the chunk was admitted, or on its first read.
+//! * A chunk is in the index after its data is written.
+//! * No lock is held across I/O. A hit is a lookup under a shard's read lock and then one pread into the reader's buffer.
+//! * Trouble with the disk is never the reader's: it is a miss, or a chunk that is not kept, and one event.
+//!
+//! Eviction, when a limit is set, will take place in [`Pool::admit`], before room is taken for a chunk. A place that is given up may
+//! be used again only when the last `Arc<Slab>` that readers took from the index before is gone.
 
-/// Placeholder.
-pub struct Pool;
+mod admit;
+mod claims;
+mod journal;
+mod open;
+mod owner;
+mod record;
+mod shards;
+mod slab;
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use parking_lot::Mutex;
+use serde::Serialize;
+
+pub use admit::Admission;
+
+use crate::chunk::{Digest, Mismatch, Verified, verify};
+use crate::error::{Error, Result};
+use crate::media::{Directory, MediaDir};
+use admit::{Health, Writer};
+use claims::Claims;
+use journal::Journal;
+use owner::Owner;
+use record::{Kind, Record};
+use shards::{Place, Shards, Trust};
+
+/// How a pool is kept.
+#[derive(Clone, Debug)]
+pub struct PoolOptions {
+    /// Bytes that the pool may take. Not enforced yet.
+    pub limit: Option<u64>,
+    /// Bytes of a new slab at least; pools of many GiB make larger ones, so that there are never more than some hundred files.
+    pub slab_bytes: u64,
+}
+
+impl Default for PoolOptions {
+    fn default() -> Self {
+        Self { limit: None, slab_bytes: 64 << 20 }
+    }
+}
+
+/// Whether a chunk was there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Lookup {
+    /// The buffer was filled.
+    Hit,
+    /// The chunk is not in the pool (any more); the buffer's content is undefined.
+    Miss,
+}
+
+/// What a pool has and what it did since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PoolStat {
+    /// Bytes that the chunks take, each rounded up to 4096.
+    pub bytes: u64,
+    /// Bytes that the pool may take.
+    pub limit: Option<u64>,
+    /// Chunks.
+    pub chunks: u64,
+    /// Reads of a chunk that was there.
+    pub hits: u64,
+    /// Reads of a chunk that was not.
+    pub misses: u64,
+    /// Chunks dropped to make room.
+    pub evicted: u64,
+    /// Chunks dropped because their bytes on disk were not theirs.
+    pub quarantined: u64,
+}
+
+/// The pool of a node.
+pub struct Pool {
+    dir: Box<dyn MediaDir>,
+    /// Where the pool is, for events.
+    name: String,
+    options: PoolOptions,
+    shards: Shards,
+    claims: Claims,
+    writer: Mutex<Writer>,
+    /// `None` when it could be neither used nor made: chunks are kept nonetheless, and the next start finds them by the slabs' tables.
+    journal: Option<Journal>,
+    health: Health,
+    quarantined: AtomicU64,
+    /// Declared last: the lock is released when the files are closed.
+    owner: Option<Owner>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { name, owner, .. } = self;
+        f.debug_struct("Pool").field("name", name).field("owner", owner).finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    /// Opens the pool in the directory `dir`, which is created when it does not exist. Whatever state its files are in, the
+    /// pool opens; what can't be used is reported and left out.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] that names the process that has the pool open, or [`Error::Io`] for a directory that can't be made or read.
+    pub fn open(dir: &Path, options: &PoolOptions) -> Result<Self> {
+        std::fs::create_dir_all(dir)
+            .map_err(|error| Error::io(format!("creating the pool's directory {}", dir.display()), error))?;
+        let owner = Owner::take(dir)?;
+        let mut pool = Self::open_on(Box::new(Directory::new(dir)), &dir.display().to_string(), options)?;
+        pool.owner = Some(owner);
+        Ok(pool)
+    }
+
+    /// Fills `buf` with the bytes of the chunk from `skip` on, if the pool has the chunk.
+    ///
+    /// A chunk from before this start is read whole and checked on its first read; one that is not what it should be,
+    /// or can't be read, is dropped and is a miss. So is a range that is not inside the chunk.
+    pub fn read(&self, digest: &Digest, skip: u32, buf: &mut [u8]) -> Lookup {
+        let lookup = self.look_up(digest, skip, buf);
+        match lookup {
+            Lookup::Hit => self.shards.hit(digest),
+            Lookup::Miss => self.shards.miss(digest),
+        }
+        lookup
+    }
+
+    fn look_up(&self, digest: &Digest, skip: u32, buf: &mut [u8]) -> Lookup {
+        loop {
+            let Some(place) = self.shards.find(digest) else { return Lookup::Miss };
+            if u64::from(skip) + buf.len() as u64 > u64::from(place.len) {
+                return Lookup::Miss;
+            }
+            if place.trust == Trust::Checked {
+                return match place.slab.read(place.offset() + u64::from(skip), buf) {
+                    Ok(()) => Lookup::Hit,
+                    Err(error) => {
+                        self.unreadable(digest, &place, &error);
+                        Lookup::Miss
+                    }
+                };
+            }
+            let Some(_claim) = self.claims.take(digest) else { continue };
+            if self.shards.find(digest).is_none_or(|place| place.trust == Trust::Checked) {
+                continue;
+            }
+            let Some(chunk) = self.check(digest, &place) else { return Lookup::Miss };
+            let Some(bytes) = chunk.bytes().get(skip as usize..skip as usize + buf.len()) else { return Lookup::Miss };
+            buf.copy_from_slice(bytes);
+            return Lookup::Hit;
+        }
+    }
+
+    /// The whole chunk, checked, if the pool has it. Counts neither as a hit nor as a miss.
+    #[must_use]
+    pub fn read_whole(&self, digest: &Digest) -> Option<Verified> {
+        let place = self.shards.find(digest)?;
+        self.check(digest, &place)
+    }
+
+    /// Reads the whole chunk at `place` and checks it. The chunk is trusted from then on, or dropped.
+    fn check(&self, digest: &Digest, place: &Place) -> Option<Verified> {
+        let mut bytes = vec![0; place.len as usize];
+        if let Err(error) = place.slab.read(place.offset(), &mut bytes) {
+            self.unreadable(digest, place, &error);
+            return None;
+        }
+        match verify(digest, bytes) {
+            Ok(chunk) => {
+                self.shards.trust(digest, place.slot, place.block);
+                Some(chunk)
+            }
+            Err(mismatch) => {
+                self.quarantine(&mismatch, place);
+                None
+            }
+        }
+    }
+
+    fn quarantine(&self, mismatch: &Mismatch, place: &Place) {
+        if self.drop_chunk(&mismatch.expected, place) {
+            self.quarantined.fetch_add(1, Relaxed);
+            tracing::warn!(
+                pool = %self.name, slab = place.slab.number, offset = place.offset(), chunk = %mismatch.expected,
+                found = %mismatch.found,
+                "a chunk in the pool is corrupt: its bytes were discarded, it will be fetched again"
+            );
+        }
+    }
+
+    fn unreadable(&self, digest: &Digest, place: &Place, error: &io::Error) {
+        if self.drop_chunk(digest, place) && place.slab.report_once() {
+            tracing::warn!(
+                pool = %self.name, slab = place.slab.number, offset = place.offset(), chunk = %digest, %error,
+                "a chunk in the pool can't be read and will be fetched again; more of this slab go unreported"
+            );
+        }
+    }
+
+    /// Takes a chunk out of the pool; false if somebody did before.
+    fn drop_chunk(&self, digest: &Digest, place: &Place) -> bool {
+        if !self.shards.remove(digest, place.slot, place.block) {
+            return false;
+        }
+        let (slab, block, len) = (place.slab.number, place.block, place.len);
+        let record = Record { kind: Kind::Drop, digest: *digest, slab, block, len };
+        // Without the record the chunk is only found out and dropped once more after the next start.
+        let _ = self.journal.as_ref().map(|journal| journal.append(&record));
+        true
+    }
+
+    /// Whether the pool has the chunk, as far as is known without reading it.
+    #[must_use]
+    pub fn contains(&self, digest: &Digest) -> bool {
+        self.shards.contains(digest)
+    }
+
+    /// Makes everything durable that was admitted so far. Needed for nothing but warm starts after a power loss.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; when the data of a slab may be lost, its chunks were dropped.
+    pub fn sync(&self) -> Result<()> {
+        let failed = |error| Error::io(format!("syncing the pool {}", self.name), error);
+        let mut result = Ok(());
+        for (slot, slab) in self.shards.slabs().iter().enumerate() {
+            if let Err(error) = slab.sync() {
+                self.writer.lock().close(slab);
+                let chunks = self.shards.clear_slab(slot as u32);
+                tracing::warn!(
+                    pool = %self.name, slab = slab.number, chunks, %error,
+                    "the disk lost data of a slab: its chunks were dropped and will be fetched again"
+                );
+                result = Err(failed(error));
+            }
+        }
+        if let Some(journal) = &self.journal {
+            journal.sync().map_err(failed)?;
+        }
+        self.dir.sync().map_err(failed)?;
+        result
+    }
+
+    /// What the pool has and did.
+    #[must_use]
+    pub fn stat(&self) -> PoolStat {
+        let (hits, misses) = self.shards.counts();
+        PoolStat {
+            bytes: self.shards.bytes(),
+            limit: self.options.limit,
+            chunks: self.shards.chunks(),
+            hits,
+            misses,
+            evicted: 0,
+            quarantined: self.quarantined.load(Relaxed),
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! Sources: where stored bytes come from. Untrusted: nothing that a source says is believed before it is verified.
 
+pub(crate) mod files;
 mod layout;
 #[cfg(feature = "registry")]
 mod registry;
@@ -17,7 +18,7 @@ use crate::index::Blob;
 pub use layout::Layout;
 #[cfg(feature = "registry")]
 pub use registry::Registry;
-pub use repository::{Access, Content, Purpose, RawDocument, Repository};
+pub use repository::{Access, Content, Publish, Purpose, RawDocument, Repository};
 
 /// The body of a ranged read: pieces as they arrive. Ends after exactly the bytes asked for, or with an error.
 pub type Body = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;

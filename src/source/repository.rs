@@ -68,6 +68,16 @@ pub enum Content {
     Bytes(Bytes),
 }
 
+/// How a manifest is to be found afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Publish {
+    /// By the reference that the repository was opened with: its tag in a registry or layout; a layout without a tag
+    /// lists it unnamed, in place of other unnamed images.
+    Named,
+    /// By its digest alone, since an image index lists it.
+    Listed,
+}
+
 /// A place that holds images.
 pub enum Repository {
     /// A repository in a registry.
@@ -166,7 +176,8 @@ impl Repository {
     /// Adds a blob; one that is there already is left alone.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when `content` does not have this digest and length, otherwise what the source answers.
+    /// [`Error::Invalid`] or [`Error::Refused`] when `content` does not have this digest and length, otherwise what the
+    /// source answers.
     pub async fn push_blob(&self, digest: &Digest, bytes: u64, content: &Content) -> Result<()> {
         match self {
             #[cfg(feature = "registry")]
@@ -188,15 +199,15 @@ impl Repository {
         }
     }
 
-    /// Adds a manifest or image index; its blobs must be there. `tag` makes it reachable by name.
+    /// Adds a manifest or image index; its blobs must be there.
     ///
     /// # Errors
     /// What the source answers.
-    pub async fn push_manifest(&self, bytes: &[u8], media_type: &str, tag: Option<&str>) -> Result<Digest> {
+    pub async fn push_manifest(&self, bytes: &[u8], media_type: &str, publish: Publish) -> Result<Digest> {
         match self {
             #[cfg(feature = "registry")]
-            Self::Registry(registry) => registry.push_manifest(bytes, media_type, tag).await,
-            Self::Layout(layout) => layout.push_manifest(bytes, media_type, tag).await,
+            Self::Registry(registry) => registry.push_manifest(bytes, media_type, publish).await,
+            Self::Layout(layout) => layout.push_manifest(bytes, media_type, publish).await,
         }
     }
 }

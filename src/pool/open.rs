@@ -1,0 +1,140 @@
+//! Opening: from what is on disk to the index in memory. Everything found is unchecked until it is read.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use parking_lot::Mutex;
+
+use super::admit::{Health, OpenSlab, Writer};
+use super::claims::Claims;
+use super::journal::{Found, Journal};
+use super::record::{ALIGN, Kind, Record};
+use super::shards::{Shards, Trust};
+use super::slab::{self, Slab, Unusable};
+use super::{Pool, PoolOptions};
+use crate::error::{Error, Result};
+use crate::media::MediaDir;
+
+/// A slab found on disk.
+struct Present {
+    slab: Arc<Slab>,
+    slot: u32,
+    /// Length of its file.
+    len: u64,
+}
+
+/// The slabs found, by number.
+type Slabs = HashMap<u32, Present>;
+
+impl Pool {
+    /// Opens the pool whose files are in `dir`; events call it `name`. Nobody else may use these files meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the directory can't be listed.
+    pub fn open_on(dir: Box<dyn MediaDir>, name: &str, options: &PoolOptions) -> Result<Self> {
+        let names = dir.names().map_err(|error| Error::io(format!("listing the pool {name}"), error))?;
+        let mut numbers: Vec<u32> = names.iter().filter_map(|name| slab::number(name)).collect();
+        numbers.sort_unstable();
+        let shards = Shards::new();
+        let mut slabs = Slabs::new();
+        for number in numbers {
+            match Slab::open(&*dir, number).and_then(|slab| Ok((slab.len().map_err(Unusable::Io)?, Arc::new(slab)))) {
+                Ok((len, slab)) => {
+                    let slot = shards.add_slab(&slab);
+                    slabs.insert(number, Present { slab, slot, len });
+                }
+                Err(reason) => tracing::warn!(
+                    pool = name, file = slab::name(number), %reason,
+                    "a file with a slab's name is left alone; remove it if nothing else needs it"
+                ),
+            }
+        }
+        let (journal, last_number) = recover(&*dir, name, &slabs, &shards);
+        let last = slabs.keys().copied().max().max(last_number);
+        let open = slabs.values().max_by_key(|present| present.slab.number).and_then(continued);
+        let next_number = last.map_or(0, |number| number.saturating_add(1));
+        Ok(Self {
+            dir,
+            name: name.to_owned(),
+            options: options.clone(),
+            shards,
+            claims: Claims::default(),
+            writer: Mutex::new(Writer { open, next_number }),
+            journal,
+            health: Health::default(),
+            quarantined: AtomicU64::new(0),
+            owner: None,
+        })
+    }
+}
+
+/// Fills `shards` from the journal, or without one from the tables of the slabs. Returns the journal to append to, and
+/// the highest number of a slab that the journal knows of.
+fn recover(dir: &dyn MediaDir, name: &str, slabs: &Slabs, shards: &Shards) -> (Option<Journal>, Option<u32>) {
+    let mut last = None;
+    let unusable = match Journal::open(dir) {
+        Found::Absent if slabs.is_empty() => None,
+        Found::Absent => Some("there is none".to_owned()),
+        Found::Unusable(reason) => Some(reason),
+        Found::Journal(journal) => {
+            let replayed = journal.replay(|record| {
+                last = last.max(Some(record.slab));
+                replay(&record, slabs, shards);
+            });
+            match replayed {
+                Ok(0) => return (Some(journal), last),
+                Ok(gaps) => {
+                    tracing::info!(pool = name, gaps, "records of the pool's journal were lost in a crash and skipped");
+                    return (Some(journal), last);
+                }
+                Err(error) => Some(error.to_string()),
+            }
+        }
+    };
+    if let Some(reason) = unusable {
+        let mut in_order: Vec<_> = slabs.values().collect();
+        in_order.sort_unstable_by_key(|present| present.slab.number);
+        for present in in_order {
+            if let Err(error) = present.slab.table(|record| replay(&record, slabs, shards)) {
+                tracing::warn!(pool = name, slab = present.slab.number, %error, "a slab's table can't be read");
+            }
+        }
+        let _ = Journal::set_aside(dir);
+        let chunks = shards.chunks();
+        tracing::warn!(pool = name, reason, chunks, "the pool's journal can't be used; it was rebuilt from the slabs");
+    }
+    match Journal::create(dir, shards.records()) {
+        Ok(journal) => (Some(journal), last),
+        Err(error) => {
+            tracing::warn!(pool = name, %error, "the pool has no journal until its next start");
+            (None, last)
+        }
+    }
+}
+
+fn replay(record: &Record, slabs: &Slabs, shards: &Shards) {
+    let Some(present) = slabs.get(&record.slab) else { return };
+    match record.kind {
+        Kind::Drop => {
+            shards.remove(&record.digest, present.slot, record.block);
+        }
+        Kind::Admit if present.slab.holds(record, present.len) => {
+            if !shards.insert(&record.digest, present.slot, record.block, record.len, Trust::Unchecked)
+                && let Some(earlier) = shards.find(&record.digest)
+            {
+                shards.remove(&record.digest, earlier.slot, earlier.block);
+                shards.insert(&record.digest, present.slot, record.block, record.len, Trust::Unchecked);
+            }
+        }
+        Kind::Admit => {}
+    }
+}
+
+/// The slab to go on with: behind everything that is in it or was announced for it.
+fn continued(present: &Present) -> Option<OpenSlab> {
+    let Present { slab, slot, len } = present;
+    let mut next = len.checked_next_multiple_of(ALIGN)?.max(slab.data_start());
+    let next_record = slab.table(|record| next = next.max(record.end())).ok()?;
+    Some(OpenSlab { slab: Arc::clone(slab), slot: *slot, next, next_record })
+}

@@ -1,0 +1,116 @@
+//! Local files: read as streams, and written under a temporary name until they are complete.
+
+use std::fs::{File, OpenOptions};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::Stream;
+
+use crate::error::{Error, Result};
+
+/// Bytes that are read at once.
+const PIECE: u64 = 256 << 10;
+
+/// The `len` bytes from `offset` of the file at `path`, which is opened when the stream is first polled.
+pub(crate) fn stream(path: PathBuf, offset: u64, len: u64) -> impl Stream<Item = Result<Bytes>> + Send + 'static {
+    let state = (None::<Arc<File>>, Arc::new(path), offset, len);
+    futures_util::stream::try_unfold(state, |(file, path, offset, left)| async move {
+        if left == 0 {
+            return Ok(None);
+        }
+        let wanted = left.min(PIECE);
+        let (file, piece) = blocking({
+            let path = path.clone();
+            move || {
+                let read = || -> io::Result<(Arc<File>, Vec<u8>)> {
+                    let file = match file {
+                        Some(file) => file,
+                        None => Arc::new(File::open(path.as_ref())?),
+                    };
+                    let mut piece = vec![0; wanted as usize];
+                    file.read_exact_at(&mut piece, offset)?;
+                    Ok((file, piece))
+                };
+                read().map_err(|error| Error::io(format!("reading {}", path.display()), error))
+            }
+        })
+        .await?;
+        Ok(Some((Bytes::from(piece), (Some(file), path, offset + wanted, left - wanted))))
+    })
+}
+
+/// Runs file work on a blocking thread.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(Error::Stopping("the program".to_owned())))
+}
+
+/// The content of the file at `path`, unless it has more than `max` bytes; `None` when there is no such file.
+pub(crate) fn read_small(path: &Path, max: u64) -> Result<Option<Vec<u8>>> {
+    let failed = |error| Error::io(format!("reading {}", path.display()), error);
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut content = Vec::new();
+    file.take(max + 1).read_to_end(&mut content).map_err(failed)?;
+    if content.len() as u64 > max {
+        return Err(Error::invalid(format!("file {}", path.display()), format!("it has more than {max} bytes")));
+    }
+    Ok(Some(content))
+}
+
+/// A file that has no name of its own until [`publish`](Self::publish); dropped before, it is removed.
+pub(crate) struct Unpublished {
+    file: File,
+    path: PathBuf,
+    published: bool,
+}
+
+impl Unpublished {
+    /// A new file in `dir`.
+    pub(crate) fn create(dir: &Path) -> Result<Self> {
+        let unique = RandomState::new().build_hasher().finish();
+        let path = dir.join(format!(".unpublished-{unique:016x}"));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path);
+        let file = file.map_err(|error| Error::io(format!("creating {}", path.display()), error))?;
+        Ok(Self { file, path, published: false })
+    }
+
+    /// Appends `bytes`.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|error| Error::io(format!("writing {}", self.path.display()), error))
+    }
+
+    /// Makes the content durable and gives it its name, replacing what had it.
+    pub(crate) fn publish(mut self, path: &Path) -> Result<()> {
+        let publish = || -> io::Result<()> {
+            self.file.sync_all()?;
+            std::fs::rename(&self.path, path)?;
+            path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+        };
+        let result = publish().map_err(|error| Error::io(format!("writing {}", path.display()), error));
+        self.published = result.is_ok();
+        result
+    }
+}
+
+impl Drop for Unpublished {
+    fn drop(&mut self) {
+        if !self.published {
+            // What can't be removed is left behind under a name that nothing reads.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Writes `content` to `path` so that a reader finds the old file or the new one, never a part.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    let mut file = Unpublished::create(path.parent().unwrap_or(Path::new(".")))?;
+    file.write(content)?;
+    file.publish(path)
+}

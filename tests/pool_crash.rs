@@ -1,0 +1,107 @@
+//! Power loss: the pool is stopped at every change it makes to its files, and opened on everything a disk may then show.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "common/crash.rs"]
+mod crash;
+#[path = "common/random.rs"]
+mod random;
+
+use crash::{CrashDisk, Survivors};
+use firstread::chunk::{Verified, verify};
+use firstread::media::MediaDir;
+use firstread::pool::{Lookup, Pool, PoolOptions};
+use firstread::{Digest, Result};
+use random::Random;
+
+fn open(disk: &CrashDisk) -> Result<Pool> {
+    Pool::open_on(disk.dir(), "under test", &PoolOptions { slab_bytes: 2 << 20, ..PoolOptions::default() })
+}
+
+fn chunks() -> Vec<Verified> {
+    let mut random = Random(1);
+    let sizes = [1, 511, 4096, 4097, 20_000, 65_536, 262_144, 1 << 20];
+    (0..24)
+        .map(|number| {
+            let bytes = random.bytes(sizes[number % sizes.len()]);
+            verify(&Digest::of(&bytes), bytes).unwrap()
+        })
+        .collect()
+}
+
+/// A life of a pool: filled, synced half-way, reopened, its journal lost, filled on. Returns how many chunks were durable
+/// when the power was cut.
+fn live(disk: &CrashDisk, chunks: &[Verified]) -> usize {
+    let mut durable = 0;
+    let (first, rest) = chunks.split_at(chunks.len() / 3);
+    let (second, third) = rest.split_at(rest.len() / 2);
+    let pool = open(disk).unwrap();
+    admit_all(&pool, first);
+    if pool.sync().is_ok() && !disk.is_off() {
+        durable = first.len();
+    }
+    admit_all(&pool, second);
+    drop(pool);
+    let Ok(pool) = open(disk) else { return durable };
+    assert!(disk.is_off() || first.iter().all(|chunk| read_right(&pool, chunk)));
+    admit_all(&pool, &third[..2]);
+    drop(pool);
+    let _ = disk.remove("journal");
+    let Ok(pool) = open(disk) else { return durable };
+    admit_all(&pool, third);
+    if pool.sync().is_ok() && !disk.is_off() {
+        durable = chunks.len();
+    }
+    durable
+}
+
+fn admit_all(pool: &Pool, chunks: &[Verified]) {
+    for chunk in chunks {
+        pool.admit(chunk);
+    }
+}
+
+/// True for the right bytes, false for a miss.
+fn read_right(pool: &Pool, chunk: &Verified) -> bool {
+    let bytes = chunk.bytes();
+    let skip = bytes.len() / 3;
+    let mut buf = vec![0; bytes.len() - skip];
+    match pool.read(chunk.digest(), skip as u32, &mut buf) {
+        Lookup::Hit => {
+            assert!(buf == bytes[skip..], "wrong bytes");
+            true
+        }
+        Lookup::Miss => false,
+    }
+}
+
+fn check(disk: &CrashDisk, chunks: &[Verified], durable: usize) {
+    let pool = open(disk).expect("a pool always opens");
+    for (number, chunk) in chunks.iter().enumerate() {
+        let hit = read_right(&pool, chunk);
+        assert!(hit || number >= durable, "chunk {number} was synced and is gone");
+    }
+    admit_all(&pool, chunks);
+    assert!(chunks.iter().all(|chunk| read_right(&pool, chunk)), "admitted and gone");
+    drop(pool);
+    let pool = open(disk).expect("a pool always opens");
+    assert!(chunks.iter().all(|chunk| read_right(&pool, chunk)), "gone after a clean restart");
+}
+
+#[test]
+fn a_crash_at_any_change_costs_no_more_than_misses() {
+    let chunks = chunks();
+    let disk = CrashDisk::new();
+    assert_eq!(live(&disk, &chunks), chunks.len());
+    let changes = disk.changes();
+    assert!(changes > 3 * chunks.len() as u64, "{changes}");
+    for last in 1..=changes {
+        let disk = CrashDisk::new();
+        disk.cut_power_after(last);
+        let durable = live(&disk, &chunks);
+        check(&disk.after_crash(Survivors::None), &chunks, durable);
+        check(&disk.after_crash(Survivors::All), &chunks, durable);
+        for seed in 0..4 {
+            check(&disk.after_crash(Survivors::Some(last * 100 + seed)), &chunks, durable);
+        }
+    }
+}
