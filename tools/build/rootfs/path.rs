@@ -20,13 +20,6 @@ pub(in crate::build) fn clean(path: &[u8]) -> Vec<&[u8]> {
     components
 }
 
-/// What resolving does where nothing is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Missing {
-    Stop,
-    Make,
-}
-
 /// Where a step leads.
 enum Step {
     Directory(NodeId),
@@ -37,7 +30,7 @@ enum Step {
 impl Rootfs {
     /// The directory at `components`, if it is there.
     pub(super) fn find(&self, components: &[&[u8]]) -> Result<Option<NodeId>> {
-        let mut walk = Walk::new(components, self.limits.depth);
+        let mut walk = Walk::new(components, self.limits.depth)?;
         while let Some(name) = walk.next(self.limits.depth)? {
             match self.step(walk.at(), &name)? {
                 Step::Directory(node) => walk.enter(node),
@@ -50,7 +43,7 @@ impl Rootfs {
 
     /// The directory at `components`; what is missing is made, 0755 and owned by root.
     pub(super) fn make(&mut self, components: &[&[u8]]) -> Result<NodeId> {
-        let mut walk = Walk::new(components, self.limits.depth);
+        let mut walk = Walk::new(components, self.limits.depth)?;
         while let Some(name) = walk.next(self.limits.depth)? {
             match self.step(walk.at(), &name)? {
                 Step::Directory(node) => walk.enter(node),
@@ -79,6 +72,10 @@ impl Rootfs {
     }
 }
 
+fn too_deep(depth: usize) -> Error {
+    Error::invalid("path", format!("more than {depth} directories deep (limit)"))
+}
+
 /// A walk from the root: the directories entered so far, and what is left of the path.
 struct Walk {
     entered: Vec<NodeId>,
@@ -88,10 +85,12 @@ struct Walk {
 }
 
 impl Walk {
-    fn new(components: &[&[u8]], depth: usize) -> Self {
-        // A path that is too deep is refused when the walk gets there.
-        let left = components.iter().take(depth + 1).rev().map(|name| (*name).into()).collect();
-        Self { entered: Vec::new(), left, links: 0 }
+    fn new(components: &[&[u8]], depth: usize) -> Result<Self> {
+        if components.len() > depth {
+            return Err(too_deep(depth));
+        }
+        let left = components.iter().rev().map(|name| (*name).into()).collect();
+        Ok(Self { entered: Vec::new(), left, links: 0 })
     }
 
     fn at(&self) -> NodeId {
@@ -108,9 +107,7 @@ impl Walk {
             match &*name {
                 b"" | b"." => {}
                 b".." => drop(self.entered.pop()),
-                _ if self.entered.len() >= depth => {
-                    return Err(Error::invalid("path", format!("more than {depth} directories deep (limit)")));
-                }
+                _ if self.entered.len() >= depth => return Err(too_deep(depth)),
                 _ => return Ok(Some(name)),
             }
         }

@@ -148,4 +148,3 @@ impl Lines {
         decimal(&digits).ok_or_else(|| Error::invalid("sparse map", "a line is not a number"))
     }
 }
-
