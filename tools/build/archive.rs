@@ -7,12 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::decode::{Expected, Layer, Stored};
 use super::limits::Limits;
 use super::pipeline::unlinked;
 use super::progress::Silent;
 use super::rootfs::clean;
 use super::tar::{Archive, EntryKind, show};
-use super::decode::{Expected, Layer, Stored};
 use crate::error::{Error, Result};
 
 /// Most members that an archive may have: an image has a few for each layer.
@@ -74,10 +74,6 @@ impl TarFile {
         &self.name
     }
 
-    pub(super) fn has(&self, path: &str) -> bool {
-        self.find(path).is_ok()
-    }
-
     fn find(&self, path: &str) -> Result<(u64, u64)> {
         let mut key = clean(path.as_bytes()).join(&b'/');
         for _ in 0..LINKS_MAX {
@@ -113,7 +109,6 @@ impl TarFile {
         Ok(bytes)
     }
 }
-
 
 struct Part {
     file: Arc<File>,

@@ -58,14 +58,8 @@ const MAGIC: usize = 6;
 
 impl Layer {
     /// Opens a stream that may inflate to `limit` bytes.
-    pub(super) fn open(
-        stored: Stored,
-        expected: &Expected,
-        limit: u64,
-        progress: Arc<dyn Progress>,
-    ) -> Result<Self> {
-        let mut counted =
-            Counted { inner: stored, hasher: expected.digest.map(|_| Hasher::new()), progress };
+    pub(super) fn open(stored: Stored, expected: &Expected, limit: u64, progress: Arc<dyn Progress>) -> Result<Self> {
+        let mut counted = Counted { inner: stored, hasher: expected.digest.map(|_| Hasher::new()), progress };
         let mut magic = vec![0; MAGIC];
         let filled = fill(&mut counted, &mut magic).map_err(|error| Error::io("reading", error))?;
         magic.truncate(filled);

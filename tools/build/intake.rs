@@ -61,8 +61,7 @@ impl Intake {
             for (block, blocks) in pieces(segment) {
                 let mut buffer = self.pipeline.buffer()?;
                 let len = blocks as usize * BLOCK_SIZE;
-                let filled =
-                    cursor.fill(u64::from(block) * BLOCK, buffer.get_mut(..len).unwrap_or_default(), data);
+                let filled = cursor.fill(u64::from(block) * BLOCK, buffer.get_mut(..len).unwrap_or_default(), data);
                 if let Err(error) = filled {
                     self.pipeline.return_buffer(buffer);
                     return Err(error);
@@ -75,9 +74,10 @@ impl Intake {
 
     /// All files are in: what is needed to read the small ones back.
     pub(super) fn finish(self) -> Result<(Pipeline, SmallFiles)> {
-        let file = self.small.into_inner().map_err(|error| {
-            Error::io("writing the spool of small files", error.into_error())
-        })?;
+        let file = self
+            .small
+            .into_inner()
+            .map_err(|error| Error::io("writing the spool of small files", error.into_error()))?;
         Ok((self.pipeline, SmallFiles(file)))
     }
 }
@@ -107,9 +107,8 @@ pub(super) fn pieces(run: Segment) -> impl Iterator<Item = (u32, u32)> {
 fn block_runs(segments: &[(u64, u64)]) -> Result<Vec<Segment>> {
     let mut runs: Vec<Segment> = Vec::new();
     for (offset, len) in segments {
-        let block = |number: u64| {
-            u32::try_from(number).map_err(|_| Error::invalid("file", "it is larger than ext4 can hold"))
-        };
+        let block =
+            |number: u64| u32::try_from(number).map_err(|_| Error::invalid("file", "it is larger than ext4 can hold"));
         let (first, end) = (block(offset / BLOCK)?, block((offset + len).div_ceil(BLOCK))?);
         match runs.last_mut() {
             Some(last) if first <= last.file_block + last.blocks => {

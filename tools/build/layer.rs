@@ -14,12 +14,7 @@ const MINOR_MAX: u64 = 0xf_ffff;
 const TARGET_MAX: usize = 4095;
 
 /// Applies all entries of `tar`, and returns the stream for its rest. Errors name the path.
-pub(super) fn apply<R: Read>(
-    tar: R,
-    rootfs: &mut Rootfs,
-    intake: &mut Intake,
-    whiteouts: Whiteouts,
-) -> Result<R> {
+pub(super) fn apply<R: Read>(tar: R, rootfs: &mut Rootfs, intake: &mut Intake, whiteouts: Whiteouts) -> Result<R> {
     // Small reads (headers, small files) are served from a buffer, chunks go past it.
     let mut archive = Archive::new(BufReader::with_capacity(128 << 10, tar), rootfs.limits());
     while let Some(mut entry) = archive.next_entry()? {

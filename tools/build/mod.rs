@@ -267,9 +267,8 @@ fn read(
             for layer in layers {
                 progress.event(Event::Layer { name: &layer.name });
                 rootfs.next_layer();
-                let stream = layer
-                    .open(runtime)
-                    .and_then(|stored| Layer::open(stored, &layer.expected, left, progress.clone()));
+                let stream =
+                    layer.open(runtime).and_then(|stored| Layer::open(stored, &layer.expected, left, progress.clone()));
                 left = stream
                     .and_then(|stream| layer::apply(stream, rootfs, intake, Whiteouts::Apply))
                     .and_then(|stream| stream.finish(&layer.expected))

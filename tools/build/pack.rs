@@ -157,8 +157,7 @@ pub(super) fn write_pack(
             hasher.update(tar_end);
             Ok::<_, Error>((hasher.finish(), done))
         });
-        let mut out =
-            Out { out: BufWriter::with_capacity(CHUNK_SIZE as usize, file), hasher: Hasher::new(), bytes: 0 };
+        let mut out = Out { out: BufWriter::with_capacity(CHUNK_SIZE as usize, file), hasher: Hasher::new(), bytes: 0 };
         out.write(&frame(level, &head)?)?;
         for (number, item) in items.iter().enumerate() {
             let mut stored = vec![0; item.stored_len as usize];

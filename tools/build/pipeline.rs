@@ -120,8 +120,7 @@ impl Pipeline {
         for number in 0..workers {
             let compressor = Compressor::new(settings.level)
                 .map_err(|error| Error::io(format!("compressing at level {}", settings.level), error))?;
-            let (shared, incoming, give_back) =
-                (pipeline.shared.clone(), incoming.clone(), pipeline.give_back.clone());
+            let (shared, incoming, give_back) = (pipeline.shared.clone(), incoming.clone(), pipeline.give_back.clone());
             let worker = std::thread::Builder::new()
                 .name(format!("compress-{number}"))
                 .spawn(move || work(&shared, &incoming, &give_back, compressor))
@@ -181,8 +180,7 @@ impl Pipeline {
         self.wait()?;
         self.stop();
         let table = std::mem::take(&mut *self.shared.table.lock());
-        let spool =
-            self.shared.spool.try_clone().map_err(|error| Error::io("opening the spool again", error))?;
+        let spool = self.shared.spool.try_clone().map_err(|error| Error::io("opening the spool again", error))?;
         Ok(Store { outcomes: table.outcomes, chunks: table.chunks, spool })
     }
 
@@ -279,12 +277,7 @@ fn work(shared: &Shared, jobs: &Receiver<Job>, give_back: &Sender<Vec<u8>>, mut 
     }
 }
 
-fn store(
-    shared: &Shared,
-    plain: &[u8],
-    compressor: &mut Compressor<'static>,
-    stored: &mut Vec<u8>,
-) -> Result<Outcome> {
+fn store(shared: &Shared, plain: &[u8], compressor: &mut Compressor<'static>, stored: &mut Vec<u8>) -> Result<Outcome> {
     if is_zero(plain) {
         return Ok(Outcome::Hole);
     }

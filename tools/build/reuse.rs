@@ -37,9 +37,8 @@ pub(super) fn open(reference: &Reference, platform: &Platform, request: &Request
         };
         let layers = Layers::of(&manifest)?;
         let config = manifest.config();
-        let config = Config::parse(
-            repository.small_blob(&descriptor_digest(config)?, config.size(), MAX_CONFIG_BYTES).await?,
-        )?;
+        let config =
+            Config::parse(repository.small_blob(&descriptor_digest(config)?, config.size(), MAX_CONFIG_BYTES).await?)?;
         let stored = repository.small_blob(&layers.index.digest, layers.index.bytes, 2 * MAX_INDEX_BYTES).await?;
         let index = index_of(&stored, &layers.index.index_digest, request)?;
         let diff_ids = config.parsed.rootfs().diff_ids();
@@ -60,7 +59,8 @@ pub(super) fn open(reference: &Reference, platform: &Platform, request: &Request
 
 /// The index in its layer, checked against the digest in the manifest.
 fn index_of(stored: &[u8], digest: &Digest, request: &Request) -> Result<Index> {
-    let tar = zstd::stream::read::Decoder::with_buffer(stored).map_err(|error| Error::io("inflating an index", error))?;
+    let tar =
+        zstd::stream::read::Decoder::with_buffer(stored).map_err(|error| Error::io("inflating an index", error))?;
     let mut archive = Archive::new(tar, &request.limits);
     while let Some(entry) = archive.next_entry()? {
         if clean(&entry.path).join(&b'/') == INDEX_PATH.as_bytes() && entry.size <= MAX_INDEX_BYTES {

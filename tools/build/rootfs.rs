@@ -225,9 +225,8 @@ impl Rootfs {
             at += 1;
             let nodes = &self.nodes;
             if let Some(names) = self.names(dir) {
-                let is_dir = |name: &&Name| {
-                    matches!(nodes.get(name.node as usize), Some(Node { kind: Kind::Directory(_), .. }))
-                };
+                let is_dir =
+                    |name: &&Name| matches!(nodes.get(name.node as usize), Some(Node { kind: Kind::Directory(_), .. }));
                 order.extend(names.values().filter(is_dir).map(|name| name.node));
             }
         }
@@ -235,9 +234,7 @@ impl Rootfs {
         for dir in order.into_iter().rev() {
             let Some(names) = self.names_mut(dir) else { continue };
             let mut names = std::mem::take(names);
-            names.retain(|_, name| {
-                name.layer == layer || self.names(name.node).is_some_and(|names| !names.is_empty())
-            });
+            names.retain(|_, name| name.layer == layer || self.names(name.node).is_some_and(|names| !names.is_empty()));
             if let Some(place) = self.names_mut(dir) {
                 *place = names;
             }

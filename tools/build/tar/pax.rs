@@ -21,9 +21,8 @@ pub(super) struct Pax {
 impl Pax {
     /// Parses the records `<length> <key>=<value>\n` of the header at byte `at`.
     pub(super) fn parse(mut data: &[u8], at: u64, limits: &Limits) -> Result<Self> {
-        let malformed = |what: &str| {
-            Error::invalid("tar", format!("the extended header at byte {at} is malformed: {what}"))
-        };
+        let malformed =
+            |what: &str| Error::invalid("tar", format!("the extended header at byte {at} is malformed: {what}"));
         let mut pax = Self::default();
         while !data.is_empty() && data.first() != Some(&0) {
             let space = data.iter().take(20).position(|byte| *byte == b' ').ok_or_else(|| malformed("no length"))?;
@@ -120,7 +119,9 @@ mod tests {
 
     #[test]
     fn lengths_that_lie_are_refused() {
-        for data in [&b"5 a=\n"[..4], b"99 a=b\n", b"3 a=b\n", b"0 a=b\n", b"99999999999999999999999 a=b\n", b"7 path\n"] {
+        for data in
+            [&b"5 a=\n"[..4], b"99 a=b\n", b"3 a=b\n", b"0 a=b\n", b"99999999999999999999999 a=b\n", b"7 path\n"]
+        {
             assert!(Pax::parse(data, 0, &Limits::default()).is_err(), "{}", data.escape_ascii());
         }
     }

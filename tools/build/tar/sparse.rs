@@ -3,9 +3,9 @@
 use std::io::Read;
 
 use super::super::limits::Limits;
+use super::Archive;
 use super::header::{BLOCK, Raw, gnu_extension};
 use super::pax::decimal;
-use super::Archive;
 use crate::error::{Error, Result};
 
 /// The GNU.sparse records of a PAX header.
@@ -75,7 +75,10 @@ impl<R: Read> Archive<R> {
             if *offset < end {
                 return Err(invalid("its pieces overlap or are out of order"));
             }
-            end = offset.checked_add(*len).filter(|end| *end <= size).ok_or_else(|| invalid("it goes beyond the file"))?;
+            end = offset
+                .checked_add(*len)
+                .filter(|end| *end <= size)
+                .ok_or_else(|| invalid("it goes beyond the file"))?;
             sum += len;
         }
         if sum != self.remaining {
