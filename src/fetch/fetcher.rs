@@ -1,10 +1,15 @@
-//! The fetcher.
+//! The fetcher: who asks for what, and who waits for whom.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+
 use super::Origin;
-use crate::chunk::{ChunkRef, Verified};
+use super::flight::{Flights, Joined, OriginId, Progress, Sharing};
+use super::queue::Want;
+use crate::chunk::{CHUNK_MAX, ChunkRef, STORED_MAX, Verified};
 use crate::error::{Error, Result};
 use crate::pool::Pool;
 
@@ -26,31 +31,61 @@ pub enum Priority {
 pub struct FetchOptions {
     /// How long readers wait while no source can be reached; `None` is for ever.
     pub on_outage: Option<Duration>,
-    /// Most requests in flight for one origin.
+    /// Most requests in flight for one origin; the last one of several is kept for [`Priority::Demand`].
     pub requests: usize,
     /// Largest gap in bytes between two chunks that are still read by one request; the gap's bytes are discarded.
     pub gap: u64,
     /// Most stored bytes that one request asks for.
     pub request_bytes: u64,
+    /// Pauses between tries of sources that can't be reached: the first one, doubled each time, and the longest.
+    pub pause: (Duration, Duration),
 }
 
 impl Default for FetchOptions {
     fn default() -> Self {
-        Self { on_outage: Some(Duration::from_secs(60)), requests: 4, gap: 64 << 10, request_bytes: 4 << 20 }
+        Self {
+            on_outage: Some(Duration::from_secs(60)),
+            requests: 4,
+            gap: 64 << 10,
+            request_bytes: 4 << 20,
+            pause: (Duration::from_millis(100), Duration::from_secs(5)),
+        }
     }
 }
 
 /// Turns misses into verified chunks; one for each process.
 pub struct Fetcher {
-    _pool: Arc<Pool>,
-    _options: FetchOptions,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What the fetcher's tasks share.
+pub(super) struct Shared {
+    pub pool: Arc<Pool>,
+    pub options: FetchOptions,
+    pub flights: Arc<Flights>,
+    /// Bounds the chunks that are decoded at a time, and with them the memory that bodies can fill.
+    pub decoders: Arc<Semaphore>,
+}
+
+/// A chunk that somebody waits for.
+struct Waiting {
+    progress: watch::Receiver<Progress>,
+    same_origin: bool,
 }
 
 impl Fetcher {
     /// A fetcher that admits what it verified to `pool`.
     #[must_use]
     pub fn new(pool: Arc<Pool>, options: FetchOptions) -> Arc<Self> {
-        Arc::new(Self { _pool: pool, _options: options })
+        let decoders = std::thread::available_parallelism().map_or(2, usize::from) + 2;
+        Arc::new(Self {
+            shared: Arc::new(Shared {
+                pool,
+                options,
+                flights: Arc::default(),
+                decoders: Arc::new(Semaphore::new(decoders)),
+            }),
+        })
     }
 
     /// Fetches `chunks` of `origin`; result i belongs to `chunks[i]`.
@@ -58,10 +93,119 @@ impl Fetcher {
     /// Runs on a tokio runtime. When the returned future is dropped the fetch goes on for the others that wait for it.
     pub async fn fetch(
         &self,
-        _origin: &Arc<Origin>,
+        origin: &Arc<Origin>,
         chunks: &[ChunkRef],
-        _priority: Priority,
+        priority: Priority,
     ) -> Vec<Result<Arc<Verified>>> {
-        chunks.iter().map(|_| Err(Error::Unsupported("fetch is not there yet".to_owned()))).collect()
+        let started = Instant::now();
+        // All are asked for before the first request is sent, so that neighbours share one.
+        let waiting: Vec<_> = chunks
+            .iter()
+            .map(|chunk| {
+                check(origin, chunk)?;
+                Ok(self.shared.ask(origin, chunk, priority, Sharing::All))
+            })
+            .collect();
+        self.shared.pump(origin);
+        let mut results = Vec::with_capacity(chunks.len());
+        for (chunk, waiting) in chunks.iter().zip(waiting) {
+            results.push(match waiting {
+                Ok(waiting) => self.wait(origin, chunk, priority, waiting).await,
+                Err(error) => Err(error),
+            });
+        }
+        if priority == Priority::Demand {
+            origin.counters().waited(started.elapsed());
+        }
+        results
     }
+
+    async fn wait(
+        &self,
+        origin: &Arc<Origin>,
+        chunk: &ChunkRef,
+        priority: Priority,
+        waiting: Waiting,
+    ) -> Result<Arc<Verified>> {
+        if let Some(result) = outcome(waiting).await {
+            return result;
+        }
+        let own = self.shared.ask(origin, chunk, priority, Sharing::Origin(id(origin)));
+        self.shared.pump(origin);
+        outcome(Waiting { same_origin: true, ..own })
+            .await
+            .unwrap_or_else(|| Err(Error::Stopping("fetching".to_owned())))
+    }
+}
+
+impl Shared {
+    /// Joins the flight for `chunk` or starts one; [`pump`](Self::pump) must follow.
+    fn ask(self: &Arc<Self>, origin: &Arc<Origin>, chunk: &ChunkRef, priority: Priority, sharing: Sharing) -> Waiting {
+        match self.flights.join(chunk.digest, sharing, id(origin)) {
+            Joined::Shared { progress, same_origin } => {
+                if same_origin {
+                    origin.queue.lock().promote(chunk, priority);
+                }
+                Waiting { progress, same_origin }
+            }
+            Joined::First(ticket, progress) => {
+                let want = Want::new(*chunk, ticket, priority);
+                // The chunk may have been admitted between the caller's miss and now: the flight that did it is gone.
+                if self.pool.contains(&chunk.digest) {
+                    let (shared, origin) = (Arc::clone(self), Arc::clone(origin));
+                    drop(tokio::task::spawn_blocking(move || match shared.pool.read_whole(&want.chunk.digest) {
+                        Some(found) => want.ticket.deliver(Ok(Arc::new(found))),
+                        None => {
+                            origin.queue.lock().push(want);
+                            shared.pump(&origin);
+                        }
+                    }));
+                } else {
+                    origin.queue.lock().push(want);
+                }
+                Waiting { progress, same_origin: true }
+            }
+        }
+    }
+}
+
+/// How a flight ends; `None` when it belongs to another origin and is in trouble.
+async fn outcome(mut waiting: Waiting) -> Option<Result<Arc<Verified>>> {
+    loop {
+        let progress = waiting.progress.borrow_and_update().clone();
+        match progress {
+            Progress::Done(Err(_)) | Progress::Troubled if !waiting.same_origin => return None,
+            Progress::Done(result) => return Some(result),
+            Progress::Pending | Progress::Troubled => {}
+        }
+        if waiting.progress.changed().await.is_err() {
+            // The ticket is gone; it left its result.
+            return match &*waiting.progress.borrow() {
+                Progress::Done(Err(_)) if !waiting.same_origin => None,
+                Progress::Done(result) => Some(result.clone()),
+                _ => Some(Err(Error::Stopping("fetching".to_owned()))),
+            };
+        }
+    }
+}
+
+fn id(origin: &Arc<Origin>) -> OriginId {
+    Arc::as_ptr(origin) as OriginId
+}
+
+/// Checks what an index promises of its chunks, since later arithmetic relies on it.
+fn check(origin: &Origin, chunk: &ChunkRef) -> Result<()> {
+    let bytes = origin.blobs().get(chunk.blob as usize).map(|blob| blob.bytes);
+    let end = chunk.offset.checked_add(u64::from(chunk.stored_len));
+    let inside = bytes.zip(end).is_some_and(|(bytes, end)| end <= bytes);
+    if !inside || chunk.stored_len == 0 || chunk.stored_len > STORED_MAX || chunk.plain_len > CHUNK_MAX {
+        return Err(Error::invalid("chunk", format!("{} is not inside its blob", chunk.digest)));
+    }
+    if origin.sources().is_empty() {
+        return Err(Error::NotFound {
+            source_name: "an image without sources".to_owned(),
+            what: chunk.digest.to_string(),
+        });
+    }
+    Ok(())
 }

@@ -1,14 +1,23 @@
 //! Opening an image: from a reference to a valid local index and an origin for its chunks.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Origin;
+use super::unpack::unpack_index;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
-use crate::index::Index;
-use crate::oci::{Config, IndexLayer, Platform, Reference};
-use crate::source::Access;
+use crate::index::{Blob, Index};
+use crate::oci::{
+    Config, Document, Layers, MAX_CONFIG_BYTES, MAX_DOCUMENT_BYTES, Platform, Reference, descriptor_digest,
+};
+use crate::source::files::{blocking, read_small, replace};
+use crate::source::{Access, Purpose, RawDocument, Repository, Source};
+
+/// Most image indexes that list one another on the way to a manifest.
+const MAX_NESTING: u32 = 4;
+/// Tries to fetch an index: wrong bytes and broken connections get another one.
+const TRIES: u32 = 3;
 
 /// An image that can be read: its index is local and valid, its chunks are at the origin.
 pub struct Image {
@@ -16,10 +25,10 @@ pub struct Image {
     pub reference: Reference,
     /// Digest of the image's manifest (not of the image index that may list it).
     pub manifest_digest: Digest,
+    /// The image's layers: packs and index.
+    pub layers: Layers,
     /// The device's description.
     pub index: Arc<Index>,
-    /// The layer that the index came in.
-    pub index_layer: IndexLayer,
     /// Where the chunks come from.
     pub origin: Arc<Origin>,
     /// Environment, entry point and so on.
@@ -41,6 +50,163 @@ pub async fn open_image(
     platform: &Platform,
     cache_dir: &Path,
 ) -> Result<Image> {
-    let _ = (access, platform, cache_dir);
-    Err(Error::Unsupported(format!("opening {reference}")))
+    let repository = Arc::new(Repository::open(reference, access, Purpose::Read).await?);
+    let cache = Cache::open(cache_dir).await?;
+    let mut raw = resolve(&repository, &cache, reference).await?;
+    let mut nesting = 0;
+    let manifest = loop {
+        match Document::parse(&raw.bytes, &raw.media_type)? {
+            Document::Manifest(manifest) => break manifest,
+            Document::Index(_) if nesting == MAX_NESTING => {
+                return Err(Error::invalid(format!("image {reference}"), "its image indexes list one another"));
+            }
+            Document::Index(index) => {
+                nesting += 1;
+                let entry = Document::pick(&index, platform, repository.name())?;
+                let digest = descriptor_digest(entry)?;
+                raw = document(&repository, &cache, &digest, entry.media_type().as_ref()).await?;
+            }
+        }
+    };
+    let layers = Layers::of(&manifest)?;
+    let config = config(&repository, &cache, &manifest).await?;
+    let index = Arc::new(index(&repository, &cache, &layers).await?);
+    let blobs: Vec<Blob> = index.blobs().collect();
+    for blob in &blobs {
+        if !layers.packs.iter().any(|(_, digest, bytes)| *digest == blob.digest && *bytes == blob.bytes) {
+            let reason =
+                format!("its index names blob {} of {} bytes, which is no pack of it", blob.digest, blob.bytes);
+            return Err(Error::invalid(format!("image {reference}"), reason));
+        }
+    }
+    let origin = Arc::new(Origin::new(blobs, vec![repository as Arc<dyn Source>]));
+    Ok(Image { reference: reference.clone(), manifest_digest: raw.digest, layers, index, origin, config })
+}
+
+/// The document that the reference names, and a note of it for a time without the registry.
+async fn resolve(repository: &Repository, cache: &Cache, reference: &Reference) -> Result<RawDocument> {
+    if let Reference::Registry(reference) = reference
+        && let Some(digest) = &reference.digest
+    {
+        return document(repository, cache, digest, "").await;
+    }
+    let note = cache.path(&Digest::of(reference.to_string().as_bytes()), "ref");
+    match repository.manifest().await {
+        Ok(raw) => {
+            cache.keep(&raw.digest, &raw.bytes).await?;
+            let (path, digest) = (note, raw.digest.to_string());
+            blocking(move || match read_small(&path, 128)? {
+                Some(known) if known == digest.as_bytes() => Ok(()),
+                _ => replace(&path, digest.as_bytes()),
+            })
+            .await?;
+            Ok(raw)
+        }
+        Err(error @ Error::Unreachable { .. }) => {
+            let known = blocking(move || read_small(&note, 128)).await?;
+            let digest = known.and_then(|text| std::str::from_utf8(&text).ok()?.parse::<Digest>().ok());
+            let Some(digest) = digest else { return Err(error) };
+            let Some(bytes) = cache.find(&digest, MAX_DOCUMENT_BYTES).await? else { return Err(error) };
+            tracing::warn!(%reference, %digest, %error, "the image is used as it was found the last time");
+            Ok(RawDocument { bytes, digest, media_type: String::new() })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn document(repository: &Repository, cache: &Cache, digest: &Digest, media_type: &str) -> Result<RawDocument> {
+    if let Some(bytes) = cache.find(digest, MAX_DOCUMENT_BYTES).await? {
+        return Ok(RawDocument { bytes, digest: *digest, media_type: media_type.to_owned() });
+    }
+    let raw = repository.manifest_by_digest(digest).await?;
+    cache.keep(&raw.digest, &raw.bytes).await?;
+    Ok(raw)
+}
+
+async fn config(repository: &Repository, cache: &Cache, manifest: &oci_spec::image::ImageManifest) -> Result<Config> {
+    let digest = descriptor_digest(manifest.config())?;
+    let raw = match cache.find(&digest, MAX_CONFIG_BYTES).await? {
+        Some(raw) => raw,
+        None => {
+            let raw = repository.small_blob(&digest, manifest.config().size(), MAX_CONFIG_BYTES).await?;
+            cache.keep(&digest, &raw).await?;
+            raw
+        }
+    };
+    Config::parse(raw)
+}
+
+async fn index(repository: &Repository, cache: &Cache, layers: &Layers) -> Result<Index> {
+    let layer = &layers.index;
+    let (path, digest) = (cache.path(&layer.index_digest, "index"), layer.index_digest);
+    if let Some(index) = blocking({
+        let path = path.clone();
+        move || open_local(&path, &digest)
+    })
+    .await?
+    {
+        return Ok(index);
+    }
+    let mut tries = TRIES;
+    loop {
+        tries -= 1;
+        match unpack_index(repository, layer, &path).await {
+            Err(error @ (Error::Unreachable { .. } | Error::WrongBytes { .. })) if tries > 0 => {
+                tracing::warn!(%error, "fetching the index again");
+            }
+            Err(error) => return Err(error),
+            Ok(()) => break,
+        }
+    }
+    blocking(move || Index::open(&path, &digest)).await
+}
+
+/// The index in the cache, if it is there and sound.
+fn open_local(path: &Path, digest: &Digest) -> Result<Option<Index>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    match Index::open(path, digest) {
+        Ok(index) => Ok(Some(index)),
+        Err(error @ Error::Unsupported(_)) => Err(error),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "the local index is damaged and fetched again");
+            std::fs::remove_file(path).map_err(|error| Error::io(format!("removing {}", path.display()), error))?;
+            Ok(None)
+        }
+    }
+}
+
+/// Verified documents by digest.
+struct Cache {
+    dir: PathBuf,
+}
+
+impl Cache {
+    async fn open(dir: &Path) -> Result<Self> {
+        let dir = dir.to_owned();
+        blocking(move || {
+            std::fs::create_dir_all(&dir).map_err(|error| Error::io(format!("creating {}", dir.display()), error))?;
+            Ok(Self { dir })
+        })
+        .await
+    }
+
+    fn path(&self, digest: &Digest, kind: &str) -> PathBuf {
+        self.dir.join(format!("{}.{kind}", digest.hex()))
+    }
+
+    /// The document with `digest`. One that was damaged on disk counts as absent.
+    async fn find(&self, digest: &Digest, max: u64) -> Result<Option<Vec<u8>>> {
+        let (path, digest) = (self.path(digest, "json"), *digest);
+        blocking(move || Ok(read_small(&path, max)?.filter(|bytes| Digest::of(bytes) == digest))).await
+    }
+
+    async fn keep(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
+        if self.find(digest, bytes.len() as u64).await.is_ok_and(|found| found.is_some()) {
+            return Ok(());
+        }
+        let (path, bytes) = (self.path(digest, "json"), bytes.to_vec());
+        blocking(move || replace(&path, &bytes)).await
+    }
 }

@@ -1,9 +1,19 @@
 //! Fetching: a miss becomes verified bytes.
+//!
+//! [`Fetcher::fetch`] joins or starts a flight for each chunk (`flight`); new ones wait in their origin's queue (`queue`),
+//! from which neighbours are taken together; a request is cut into chunks as its body arrives (`request`), each of which is
+//! decoded and verified (`decode`), delivered, and admitted to the pool. When no source can be reached, one task probes
+//! them while readers wait (`outage`).
 
+mod decode;
 mod fetcher;
+mod flight;
 mod image;
 mod origin;
+mod outage;
 mod queue;
+mod request;
+mod unpack;
 
 pub use fetcher::{FetchOptions, Fetcher, Priority};
 pub use image::{Image, open_image};

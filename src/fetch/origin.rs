@@ -1,5 +1,6 @@
 //! An origin: one image's blobs, the sources that have them, and what fetching from them has cost so far.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -7,9 +8,13 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use super::queue::Queue;
+use super::queue::{MAX_SOURCES, Queue};
+use crate::chunk::Digest;
 use crate::index::Blob;
 use crate::source::Source;
+
+/// Most chunks that are remembered as reported; more go unreported.
+const MAX_REPORTED: usize = 4096;
 
 /// Where the chunks of one image come from.
 pub struct Origin {
@@ -17,13 +22,22 @@ pub struct Origin {
     sources: Vec<Arc<dyn Source>>,
     counters: Counters,
     pub(super) queue: Mutex<Queue>,
+    /// Chunks that no source has right, of which there was an event.
+    reported: Mutex<HashSet<Digest>>,
 }
 
 impl Origin {
-    /// An origin with the image's `blobs` in the index's order and its sources, best first.
+    /// An origin with the image's `blobs` in the index's order and its sources, best first; at most 64 are used.
     #[must_use]
     pub fn new(blobs: Vec<Blob>, sources: Vec<Arc<dyn Source>>) -> Self {
-        Self { blobs, sources, counters: Counters::default(), queue: Mutex::new(Queue::default()) }
+        let sources = sources.into_iter().take(MAX_SOURCES).collect();
+        Self { blobs, sources, counters: Counters::default(), queue: Mutex::default(), reported: Mutex::default() }
+    }
+
+    /// True the first time that it is asked for a chunk.
+    pub(super) fn report_once(&self, digest: &Digest) -> bool {
+        let mut reported = self.reported.lock();
+        reported.len() < MAX_REPORTED && reported.insert(*digest)
     }
 
     /// The blobs, by number.

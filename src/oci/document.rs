@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType};
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 use serde::Serialize;
 
 use crate::chunk::Digest;
@@ -259,14 +259,6 @@ pub fn canonical_json(document: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_value(document)
         .and_then(|value| serde_json::to_vec(&value))
         .map_err(|error| Error::invalid("document", error.to_string()))
-}
-
-/// Whether `media_type` is one of an image manifest or index, OCI or docker.
-pub(crate) fn is_image(media_type: &MediaType) -> bool {
-    matches!(
-        media_type.as_ref(),
-        media_type::MANIFEST | media_type::INDEX | media_type::DOCKER_MANIFEST | media_type::DOCKER_INDEX
-    )
 }
 
 fn check_size(what: &str, bytes: &[u8], max: u64) -> Result<()> {

@@ -82,7 +82,7 @@ pub enum Publish {
 pub enum Repository {
     /// A repository in a registry.
     #[cfg(feature = "registry")]
-    Registry(Registry),
+    Registry(Box<Registry>),
     /// An OCI layout on disk.
     Layout(Layout),
 }
@@ -96,7 +96,7 @@ impl Repository {
     pub async fn open(reference: &Reference, access: &Access, purpose: Purpose) -> Result<Self> {
         match reference {
             #[cfg(feature = "registry")]
-            Reference::Registry(reference) => Ok(Self::Registry(Registry::new(reference, access, purpose)?)),
+            Reference::Registry(reference) => Ok(Self::Registry(Box::new(Registry::new(reference, access, purpose)?))),
             Reference::Layout { dir, tag } => Ok(Self::Layout(Layout::open(dir, tag.as_deref(), purpose).await?)),
             other => {
                 Err(Error::Unsupported(format!("{other} is neither in a registry nor in an OCI layout (oci:DIR)")))

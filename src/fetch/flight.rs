@@ -1,0 +1,114 @@
+//! Flights: one fetch of a chunk, and everybody who waits for it.
+//!
+//! A flight exists from the first request for a chunk until the chunk is in the pool (or its fetch failed): whoever asks
+//! in between joins it. The flight belongs to the origin that started it; a waiter from another origin leaves it as soon
+//! as it is in trouble and starts one of its own, since its own sources may well be reachable.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::chunk::{Digest, Verified};
+use crate::error::{Error, Result};
+
+/// Identity of an origin while any of its flights exists: its address.
+pub(super) type OriginId = usize;
+
+/// What a flight has come to.
+#[derive(Clone)]
+pub(super) enum Progress {
+    /// It is under way.
+    Pending,
+    /// Its sources can't be reached at the moment.
+    Troubled,
+    /// It has ended.
+    Done(Result<Arc<Verified>>),
+}
+
+/// Who shares a flight.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Sharing {
+    /// Everybody.
+    All,
+    /// The readers of one origin, after a shared flight of another one was in trouble.
+    Origin(OriginId),
+}
+
+type Key = (Digest, Sharing);
+
+struct Entry {
+    progress: watch::Receiver<Progress>,
+    origin: OriginId,
+}
+
+/// All flights of a fetcher.
+#[derive(Default)]
+pub(super) struct Flights {
+    entries: Mutex<HashMap<Key, Entry>>,
+}
+
+/// The outcome of [`Flights::join`].
+pub(super) enum Joined {
+    /// Nobody fetches the chunk: the holder of the ticket must.
+    First(Ticket, watch::Receiver<Progress>),
+    /// Somebody does.
+    Shared {
+        progress: watch::Receiver<Progress>,
+        /// Whether it is fetched from the origin that asked.
+        same_origin: bool,
+    },
+}
+
+impl Flights {
+    /// Joins the flight for `digest`, or starts one.
+    pub(super) fn join(self: &Arc<Self>, digest: Digest, sharing: Sharing, origin: OriginId) -> Joined {
+        let mut entries = self.entries.lock();
+        let key = (digest, sharing);
+        if let Some(entry) = entries.get(&key) {
+            return Joined::Shared { progress: entry.progress.clone(), same_origin: entry.origin == origin };
+        }
+        let (sender, receiver) = watch::channel(Progress::Pending);
+        entries.insert(key, Entry { progress: receiver.clone(), origin });
+        Joined::First(Ticket { key, sender, flights: Arc::clone(self) }, receiver)
+    }
+}
+
+/// The duty to end a flight. Dropped without a result, it ends the flight with an error: waiters never hang.
+pub(super) struct Ticket {
+    key: Key,
+    sender: watch::Sender<Progress>,
+    flights: Arc<Flights>,
+}
+
+impl Ticket {
+    /// Hands the result to everybody who waits. The flight can be joined until the ticket is dropped.
+    pub(super) fn deliver(&self, result: Result<Arc<Verified>>) {
+        self.sender.send_replace(Progress::Done(result));
+    }
+
+    /// Tells waiters from other origins to look elsewhere.
+    pub(super) fn troubled(&self) {
+        self.sender.send_if_modified(|progress| {
+            let pending = matches!(progress, Progress::Pending);
+            if pending {
+                *progress = Progress::Troubled;
+            }
+            pending
+        });
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.flights.entries.lock().remove(&self.key);
+        self.sender.send_if_modified(|progress| {
+            let ended = matches!(progress, Progress::Done(_));
+            if !ended {
+                *progress = Progress::Done(Err(Error::Stopping("fetching".to_owned())));
+            }
+            !ended
+        });
+    }
+}

@@ -1,0 +1,149 @@
+//! Running requests, and what happens when no source can be reached.
+//!
+//! The first request that fails with all sources makes its task the origin's probe: no other request is started, chunks
+//! wait in the queue, and the probe tries the most urgent of them again and again, with growing pauses. It ends when a
+//! source answers, or when nobody waits any more, since every reader has waited for `on_outage`.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::fetcher::Shared;
+use super::origin::Counters;
+use super::queue::Want;
+use super::{Origin, Priority};
+use crate::error::Error;
+
+impl Shared {
+    /// Starts as many requests as may run.
+    pub(super) fn pump(self: &Arc<Self>, origin: &Arc<Origin>) {
+        loop {
+            let batch = origin.queue.lock().start(&self.options);
+            let Some(batch) = batch else { return };
+            let (shared, origin) = (Arc::clone(self), Arc::clone(origin));
+            tokio::spawn(async move {
+                shared.serve(&origin, batch).await;
+                origin.queue.lock().done();
+                shared.pump(&origin);
+            });
+        }
+    }
+
+    async fn serve(self: &Arc<Self>, origin: &Arc<Origin>, batch: Vec<Want>) {
+        let (started, asked) = (Instant::now(), batch.len());
+        let left = self.attempt(origin, batch, None).await;
+        if left.is_empty() {
+            return;
+        }
+        let progress = left.len() < asked;
+        let probe = {
+            let mut queue = origin.queue.lock();
+            // A source that sent a part can be reached: the rest is asked for again at once.
+            let probe = !progress && queue.down(started);
+            for want in left {
+                if !progress {
+                    want.ticket.troubled();
+                }
+                queue.push(want);
+            }
+            probe
+        };
+        if probe {
+            self.probe(origin, started).await;
+        }
+    }
+
+    /// Asks the sources in turn. Returns the chunks that did not arrive, for causes that may pass.
+    async fn attempt(self: &Arc<Self>, origin: &Arc<Origin>, batch: Vec<Want>, give_up: Option<Instant>) -> Vec<Want> {
+        let mut left = batch;
+        for want in &mut left {
+            want.trouble = None;
+        }
+        for number in 0..origin.sources().len() {
+            let (asked, mut skipped): (Vec<_>, Vec<_>) =
+                left.into_iter().partition(|want| want.wrong_sources & 1 << number == 0);
+            if !asked.is_empty() {
+                skipped.extend(self.request(origin, number, asked, give_up).await);
+                skipped.sort_unstable_by_key(|want| want.chunk.offset);
+            }
+            left = skipped;
+            if left.is_empty() {
+                break;
+            }
+        }
+        let (absent, left): (Vec<_>, Vec<_>) =
+            left.into_iter().partition(|want| matches!(want.trouble, Some(Error::NotFound { .. })));
+        self.fail(origin, absent, None);
+        left
+    }
+
+    /// Ends flights with their own trouble, or else with that of the outage.
+    fn fail(&self, origin: &Origin, wants: Vec<Want>, outage: Option<&Error>) {
+        for want in wants {
+            Counters::add(&origin.counters().failed, 1);
+            let error = want.trouble.as_ref().or(outage).cloned();
+            let error = error.unwrap_or_else(|| Error::unreachable("every source", "all requests failed"));
+            want.ticket.deliver(Err(error));
+        }
+    }
+
+    async fn probe(self: &Arc<Self>, origin: &Arc<Origin>, since: Instant) {
+        let mut pause = self.options.pause.0;
+        let mut counted = since;
+        let mut trouble: Option<Error> = None;
+        loop {
+            let (expired, next_expiry) = origin.queue.lock().expired(Instant::now(), self.options.on_outage);
+            self.fail(origin, expired, trouble.as_ref());
+            origin.counters().outage(counted.elapsed());
+            counted = Instant::now();
+
+            let resume = counted + jittered(pause);
+            pause = (pause * 2).min(self.options.pause.1);
+            tokio::time::sleep_until(next_expiry.map_or(resume, |expiry| expiry.min(resume))).await;
+            if next_expiry.is_some_and(|expiry| expiry <= Instant::now()) {
+                continue;
+            }
+
+            let batch = {
+                let mut queue = origin.queue.lock();
+                let batch = queue.take(&self.options, Priority::Background);
+                if batch.is_none() {
+                    queue.up();
+                }
+                batch
+            };
+            let Some(batch) = batch else { return };
+            let asked = batch.len();
+            let left = self.attempt(origin, batch, next_expiry).await;
+            let reached = left.len() < asked;
+            if let Some(error) = left.iter().find_map(|want| want.trouble.clone()).filter(|_| !reached) {
+                if trouble.is_none() {
+                    tracing::warn!(%error, "no source can be reached: readers wait");
+                }
+                trouble = Some(error);
+            }
+            {
+                let mut queue = origin.queue.lock();
+                if reached {
+                    queue.up();
+                }
+                left.into_iter().for_each(|want| queue.push(want));
+            }
+            if reached {
+                origin.counters().outage(counted.elapsed());
+                if trouble.is_some() {
+                    tracing::info!(seconds = since.elapsed().as_secs_f64(), "sources can be reached again");
+                }
+                return;
+            }
+        }
+    }
+}
+
+/// Between half of `pause` and all of it, so that many nodes don't come back at one moment.
+fn jittered(pause: Duration) -> Duration {
+    let random = RandomState::new().build_hasher().finish() % 1024;
+    pause / 2 + pause / 2 * random as u32 / 1024
+}
