@@ -1,3 +1,140 @@
 //! The program `firstread-build`.
 
-fn main() {}
+mod show;
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand};
+use firstread::build::{Progress, Report, Request, Silent, build};
+use firstread::oci::{Platform, Reference};
+
+/// Builds firstread images.
+#[derive(Parser)]
+#[command(name = "firstread-build", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Pack a file system or an image, write the index, publish.
+    Build(BuildArgs),
+}
+
+#[derive(Args)]
+struct BuildArgs {
+    /// HOST/REPO[:TAG], oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:TAG], dir:PATH or tar:FILE (- for
+    /// standard input, also gzip and zstd).
+    #[arg(value_name = "SRC")]
+    source: Reference,
+    /// HOST/REPO[:TAG] or oci:DIR[:TAG].
+    #[arg(value_name = "DEST")]
+    destination: Reference,
+    /// zstd level: 3 is fast, 19 makes images an eighth smaller.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=22))]
+    level: i32,
+    /// Size of the device, with room to grow when it is attached writable (bytes, or with K, M, G, T).
+    #[arg(long, value_parser = parse_size)]
+    size: Option<u64>,
+    /// An earlier firstread image whose packs may be listed again (repeatable).
+    #[arg(long, value_name = "REF")]
+    reuse: Vec<Reference>,
+    /// Build for this platform only (repeatable); otherwise for all that the source has.
+    #[arg(long, value_name = "OS/ARCH")]
+    platform: Vec<Platform>,
+    /// Directory for temporary files; they need about the size of the result twice.
+    #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/tmp")]
+    temp: PathBuf,
+    /// Speak http with all registries, not with those on loopback only.
+    #[arg(long)]
+    plain_http: bool,
+    /// Print the result as one JSON document.
+    #[arg(long)]
+    json: bool,
+    /// Show no progress.
+    #[arg(long)]
+    quiet: bool,
+}
+
+/// A number of bytes, with a binary suffix.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let upper = text.trim().to_ascii_uppercase();
+    let upper = upper.trim_end_matches("IB").trim_end_matches('B');
+    let (digits, shift) = match upper.as_bytes().last() {
+        Some(b'K') => (upper.trim_end_matches('K'), 10),
+        Some(b'M') => (upper.trim_end_matches('M'), 20),
+        Some(b'G') => (upper.trim_end_matches('G'), 30),
+        Some(b'T') => (upper.trim_end_matches('T'), 40),
+        _ => (upper, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size such as 64G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("FIRSTREAD_LOG").unwrap_or_else(|_| "warn".into()))
+        .with_writer(std::io::stderr)
+        .init();
+    // Wrong usage ends in clap, with exit code 2.
+    let Verb::Build(args) = Cli::parse().verb;
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing can be done when stderr is gone.
+            let _ = writeln!(std::io::stderr(), "firstread-build: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: BuildArgs) -> anyhow::Result<()> {
+    let mut request = Request::new(args.source, args.destination);
+    request.level = args.level;
+    request.size = args.size;
+    request.reuse = args.reuse;
+    request.platforms = args.platform;
+    request.temp = args.temp;
+    request.access.plain_http = args.plain_http;
+    let progress: Arc<dyn Progress> = if args.quiet {
+        Arc::new(Silent)
+    } else if std::io::stderr().is_terminal() {
+        Arc::new(show::Bar::new())
+    } else {
+        Arc::new(show::Lines::default())
+    };
+    let report = build(&request, &progress)?;
+    drop(progress);
+    print(&report, &request, args.json, args.quiet)
+}
+
+fn print(report: &Report, request: &Request, json: bool, quiet: bool) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if json {
+        serde_json::to_writer(&mut out, report)?;
+        writeln!(out)?;
+    } else if quiet {
+        writeln!(out, "{}", report.digest)?;
+    } else {
+        writeln!(out, "{}", show::table(report, request).trim_fmt())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_suffixes() {
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("64G"), Ok(64 << 30));
+        assert_eq!(parse_size("1gib"), Ok(1 << 30));
+        assert!(parse_size("G").is_err());
+        assert!(parse_size("99999999999T").is_err());
+    }
+}

@@ -1,0 +1,125 @@
+//! Applying a tar to the tree, entry by entry.
+
+use std::io::{BufReader, Read};
+
+use super::intake::Intake;
+use super::rootfs::{Content, Kind, Meta, Place, ROOT, Rootfs, Whiteouts};
+use super::tar::{Archive, Entry, EntryKind, show};
+use crate::error::{Error, Result};
+
+/// Linux: 12 bits of major, 20 of minor (`include/linux/kdev_t.h`, `MINORBITS`).
+const MAJOR_MAX: u64 = 0xfff;
+const MINOR_MAX: u64 = 0xf_ffff;
+/// Longest symbolic link target in bytes (`PATH_MAX` less its NUL).
+const TARGET_MAX: usize = 4095;
+
+/// Applies all entries of `tar`, and returns the stream for its rest. Errors name the path.
+pub(super) fn apply<R: Read>(tar: R, rootfs: &mut Rootfs, intake: &mut Intake, whiteouts: Whiteouts) -> Result<R> {
+    // Small reads (headers, small files) are served from a buffer, chunks go past it.
+    let mut archive = Archive::new(BufReader::with_capacity(128 << 10, tar), rootfs.limits());
+    while let Some(mut entry) = archive.next_entry()? {
+        let at = archive.position();
+        let path = std::mem::take(&mut entry.path);
+        apply_entry(&path, entry, &mut archive, rootfs, intake, whiteouts)
+            .map_err(|error| context(error, &format!("{} (data at byte {at} of the tar)", show(&path))))?;
+    }
+    let buffered = archive.into_inner();
+    // What is in the buffer was read, and so hashed, already.
+    Ok(buffered.into_inner())
+}
+
+/// The error with the path or layer it is about.
+pub(super) fn context(error: Error, what: &str) -> Error {
+    match error {
+        Error::Invalid { what: kind, reason } => Error::Invalid { what: format!("{kind} in {what}"), reason },
+        Error::Unsupported(reason) => Error::Unsupported(format!("{what}: {reason}")),
+        Error::Io { action, source } => Error::Io { action: format!("{what}: {action}"), source },
+        other => other,
+    }
+}
+
+fn apply_entry<R: Read>(
+    path: &[u8],
+    mut entry: Entry,
+    archive: &mut Archive<R>,
+    rootfs: &mut Rootfs,
+    intake: &mut Intake,
+    whiteouts: Whiteouts,
+) -> Result<()> {
+    let attributes: usize = entry.xattrs.iter().map(|(name, value)| name.len() + value.len() + 64).sum();
+    rootfs.count(path.len() + entry.link.len() + attributes)?;
+    let place = rootfs.place(path, whiteouts)?;
+    let mut xattrs = std::mem::take(&mut entry.xattrs);
+    xattrs.retain(|(name, _)| is_namespaced(name));
+    xattrs.sort_unstable();
+    let meta = Meta { mode: entry.mode, uid: entry.uid, gid: entry.gid, mtime: entry.mtime, xattrs };
+    let (parent, name) = match place {
+        Place::Done => return Ok(()),
+        Place::Root => {
+            if entry.kind != EntryKind::Directory {
+                return Err(Error::invalid("path", "it is the root directory, and the entry is not a directory"));
+            }
+            rootfs.node_mut(ROOT)?.meta = meta;
+            return Ok(());
+        }
+        Place::At { parent, name } => (parent, name),
+    };
+    let kind = match entry.kind {
+        EntryKind::HardLink => return hard_link(&entry.link, meta, parent, &name, rootfs),
+        EntryKind::File => Kind::File(content(&entry, archive, intake)?),
+        EntryKind::Symlink => Kind::Symlink(target(&entry.link)?),
+        EntryKind::CharDevice { major, minor } => {
+            let (major, minor) = device(major, minor)?;
+            Kind::CharDevice { major, minor }
+        }
+        EntryKind::BlockDevice { major, minor } => {
+            let (major, minor) = device(major, minor)?;
+            Kind::BlockDevice { major, minor }
+        }
+        EntryKind::Directory => Kind::directory(),
+        EntryKind::Fifo => Kind::Fifo,
+    };
+    rootfs.put(parent, &name, meta, kind).map(drop)
+}
+
+fn content<R: Read>(entry: &Entry, archive: &mut Archive<R>, intake: &mut Intake) -> Result<Content> {
+    intake.file(entry.size, &entry.segments, archive)
+}
+
+/// As containerd does: the link is made, and what the entry says of owner, mode and time is set on the shared inode.
+fn hard_link(link: &[u8], meta: Meta, parent: u32, name: &[u8], rootfs: &mut Rootfs) -> Result<()> {
+    let missing = || Error::invalid("hard link", format!("its target {} is not there", show(link)));
+    let (target_parent, target_name, node) = rootfs.link_target(link)?.ok_or_else(missing)?;
+    let target = rootfs.node_mut(node)?;
+    if matches!(target.kind, Kind::Directory(_)) {
+        return Err(Error::invalid("hard link", format!("its target {} is a directory", show(link))));
+    }
+    let xattrs = if meta.xattrs.is_empty() { std::mem::take(&mut target.meta.xattrs) } else { meta.xattrs };
+    target.meta = Meta { xattrs, ..meta };
+    if (target_parent, &*target_name) == (parent, name) {
+        // GNU tar writes a file that it was given twice as a link to itself.
+        return Ok(());
+    }
+    rootfs.link(parent, name, node)
+}
+
+pub(super) fn target(link: &[u8]) -> Result<Box<[u8]>> {
+    if link.is_empty() || link.len() > TARGET_MAX {
+        let reason = format!("its target has {} bytes; 1 to {TARGET_MAX} are possible", link.len());
+        return Err(Error::invalid("symbolic link", reason));
+    }
+    Ok(link.into())
+}
+
+fn device(major: u64, minor: u64) -> Result<(u32, u32)> {
+    if major > MAJOR_MAX || minor > MINOR_MAX {
+        return Err(Error::invalid("device", format!("its number {major}:{minor} is out of range")));
+    }
+    Ok((major as u32, minor as u32))
+}
+
+/// Whether a kernel has a namespace for the attribute (xattr(7)): others can't be set anywhere, and unpackers skip them.
+pub(super) fn is_namespaced(name: &[u8]) -> bool {
+    let known: [&[u8]; 4] = [b"user.", b"trusted.", b"security.", b"system.posix_acl_"];
+    known.iter().any(|prefix| name.len() > prefix.len() && name.starts_with(prefix))
+}

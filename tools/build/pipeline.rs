@@ -1,0 +1,326 @@
+//! From plain bytes to stored chunks: one thread cuts, workers on all cores hash and compress, a spool keeps the result.
+//!
+//! A job is one chunk's plain bytes. Jobs are numbered in the order of their submission, which does not depend on how
+//! the workers are scheduled; where a stored chunk lies in the spool does, and nothing that leaves the builder may
+//! depend on that. Buffers and zstd contexts are made once and go round: memory is bounded by their number.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::Mutex;
+use zstd::bulk::Compressor;
+
+use super::progress::{Event, Progress};
+use crate::chunk::{CHUNK_SIZE, ChunkRef, Digest};
+use crate::error::{Error, Result};
+
+/// What became of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// The bytes were all zero: nothing is stored.
+    Hole,
+    /// Number of a chunk in [`Store::chunks`].
+    Chunk(u32),
+    /// No worker is done with it yet.
+    Pending,
+}
+
+/// Where a chunk's stored bytes are.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place {
+    /// In the spool.
+    Spool { offset: u64, len: u32 },
+    /// In a pack of an earlier image: number of the image, and the chunk in it.
+    Reused { image: usize, chunk: ChunkRef },
+}
+
+/// A chunk that the image needs, listed once however often it occurs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stored {
+    pub digest: Digest,
+    pub plain_len: u32,
+    pub place: Place,
+}
+
+/// Chunks of earlier images that need not be stored again, with the number of the image.
+pub(super) type Reusable = HashMap<Digest, (usize, ChunkRef)>;
+
+struct Job {
+    number: u32,
+    buffer: Vec<u8>,
+    len: usize,
+}
+
+#[derive(Default)]
+struct Table {
+    by_digest: HashMap<Digest, u32>,
+    chunks: Vec<Stored>,
+    outcomes: Vec<Outcome>,
+}
+
+struct Shared {
+    table: Mutex<Table>,
+    spool: File,
+    spool_end: AtomicU64,
+    reusable: Reusable,
+    failed: AtomicBool,
+    failure: Mutex<Option<Error>>,
+    progress: Arc<dyn Progress>,
+}
+
+/// The running workers.
+pub(super) struct Pipeline {
+    jobs: Option<Sender<Job>>,
+    free: Receiver<Vec<u8>>,
+    give_back: Sender<Vec<u8>>,
+    buffers: usize,
+    submitted: u32,
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+/// How the pipeline is to work.
+pub(super) struct Settings<'a> {
+    /// zstd's compression level.
+    pub level: i32,
+    /// How many workers.
+    pub workers: usize,
+    /// Where the unlinked spool is made.
+    pub temp: &'a Path,
+    pub reusable: Reusable,
+    pub progress: Arc<dyn Progress>,
+}
+
+impl Pipeline {
+    pub(super) fn start(settings: Settings<'_>) -> Result<Self> {
+        let workers = settings.workers.max(1);
+        let buffers = workers * 4 + 4;
+        let (jobs, incoming) = bounded::<Job>(buffers);
+        let (give_back, free) = bounded::<Vec<u8>>(buffers);
+        for _ in 0..buffers {
+            let _ = give_back.send(vec![0; CHUNK_SIZE as usize]);
+        }
+        let shared = Arc::new(Shared {
+            table: Mutex::default(),
+            spool: unlinked(settings.temp)?,
+            spool_end: AtomicU64::new(0),
+            reusable: settings.reusable,
+            failed: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            progress: settings.progress,
+        });
+        let mut pipeline =
+            Self { jobs: Some(jobs), free, give_back, buffers, submitted: 0, shared, workers: Vec::new() };
+        for number in 0..workers {
+            let compressor = Compressor::new(settings.level)
+                .map_err(|error| Error::io(format!("compressing at level {}", settings.level), error))?;
+            let (shared, incoming, give_back) = (pipeline.shared.clone(), incoming.clone(), pipeline.give_back.clone());
+            let worker = std::thread::Builder::new()
+                .name(format!("compress-{number}"))
+                .spawn(move || work(&shared, &incoming, &give_back, compressor))
+                .map_err(|error| Error::io("starting a worker", error))?;
+            pipeline.workers.push(worker);
+        }
+        Ok(pipeline)
+    }
+
+    /// A buffer of [`CHUNK_SIZE`] bytes with anything in it; waits until a worker gives one back.
+    pub(super) fn buffer(&self) -> Result<Vec<u8>> {
+        self.check()?;
+        self.free.recv().map_err(|_| self.stopped())
+    }
+
+    /// Hands over the first `len` bytes of `buffer` as the next job, and returns its number.
+    pub(super) fn submit(&mut self, buffer: Vec<u8>, len: usize) -> Result<u32> {
+        self.check()?;
+        let number = self.submitted;
+        self.submitted = number.checked_add(1).ok_or_else(|| Error::invalid("source", "too many chunks"))?;
+        self.shared.table.lock().outcomes.push(Outcome::Pending);
+        let jobs = self.jobs.as_ref().ok_or_else(|| self.stopped())?;
+        jobs.send(Job { number, buffer, len }).map_err(|_| self.stopped())?;
+        Ok(number)
+    }
+
+    /// The number that the next job will get.
+    pub(super) const fn next_job(&self) -> u32 {
+        self.submitted
+    }
+
+    /// Gives back a buffer that is not needed after all.
+    pub(super) fn return_buffer(&self, buffer: Vec<u8>) {
+        let _ = self.give_back.send(buffer);
+    }
+
+    /// Waits until all jobs are done: then all buffers are back.
+    pub(super) fn wait(&self) -> Result<()> {
+        let idle: Vec<_> = self.free.iter().take(self.buffers).collect();
+        for buffer in idle {
+            self.return_buffer(buffer);
+        }
+        self.check()
+    }
+
+    /// The digest of what a finished job held, `None` for a hole.
+    pub(super) fn digest(&self, job: u32) -> Option<Digest> {
+        let table = self.shared.table.lock();
+        match table.outcomes.get(job as usize)? {
+            Outcome::Chunk(chunk) => table.chunks.get(*chunk as usize).map(|chunk| chunk.digest),
+            Outcome::Hole | Outcome::Pending => None,
+        }
+    }
+
+    /// Ends the workers and gives out what they made.
+    pub(super) fn finish(mut self) -> Result<Store> {
+        self.wait()?;
+        self.stop();
+        let table = std::mem::take(&mut *self.shared.table.lock());
+        let spool = self.shared.spool.try_clone().map_err(|error| Error::io("opening the spool again", error))?;
+        Ok(Store { outcomes: table.outcomes, chunks: table.chunks, spool })
+    }
+
+    fn stop(&mut self) {
+        self.jobs = None;
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.shared.failed.load(Ordering::Relaxed) { Err(self.stopped()) } else { Ok(()) }
+    }
+
+    fn stopped(&self) -> Error {
+        self.shared.failure.lock().clone().unwrap_or_else(|| Error::Stopping("the builder".into()))
+    }
+}
+
+impl Drop for Pipeline {
+    fn drop(&mut self) {
+        self.shared.failed.store(true, Ordering::Relaxed);
+        self.stop();
+    }
+}
+
+/// What the pipeline made.
+pub(super) struct Store {
+    /// By job.
+    outcomes: Vec<Outcome>,
+    chunks: Vec<Stored>,
+    spool: File,
+}
+
+impl Store {
+    pub(super) fn outcome(&self, job: u32) -> Result<Outcome> {
+        match self.outcomes.get(job as usize) {
+            Some(Outcome::Pending) | None => Err(Error::invalid("build", format!("chunk job {job} was not done"))),
+            Some(outcome) => Ok(*outcome),
+        }
+    }
+
+    pub(super) fn chunk(&self, number: u32) -> Result<&Stored> {
+        self.chunks.get(number as usize).ok_or_else(|| Error::invalid("build", format!("no chunk {number}")))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// Reads stored bytes back.
+    pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.spool.read_exact_at(buf, offset).map_err(|error| Error::io("reading the spool", error))
+    }
+}
+
+/// An unlinked temporary file in `temp`: it is gone when the last handle is, however the program ends.
+pub(super) fn unlinked(temp: &Path) -> Result<File> {
+    use rustix::fs::{Mode, OFlags};
+    let action = || format!("making a temporary file in {}", temp.display());
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open(temp, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(file) => Ok(file.into()),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
+            // A file system without O_TMPFILE.
+            let path = temp.join(format!(".firstread-{}-{:?}", std::process::id(), std::thread::current().id()));
+            let file = File::options().read(true).write(true).create_new(true).open(&path);
+            let file = file.map_err(|error| Error::io(action(), error))?;
+            std::fs::remove_file(&path).map_err(|error| Error::io(action(), error))?;
+            Ok(file)
+        }
+        Err(error) => Err(Error::io(action(), error.into())),
+    }
+}
+
+fn work(shared: &Shared, jobs: &Receiver<Job>, give_back: &Sender<Vec<u8>>, mut compressor: Compressor<'static>) {
+    let mut stored = Vec::with_capacity(zstd::zstd_safe::compress_bound(CHUNK_SIZE as usize));
+    for Job { number, buffer, len } in jobs {
+        if !shared.failed.load(Ordering::Relaxed) {
+            let plain = buffer.get(..len).unwrap_or_default();
+            match store(shared, plain, &mut compressor, &mut stored) {
+                Ok(outcome) => {
+                    if let Some(place) = shared.table.lock().outcomes.get_mut(number as usize) {
+                        *place = outcome;
+                    }
+                }
+                Err(error) => {
+                    shared.failure.lock().get_or_insert(error);
+                    shared.failed.store(true, Ordering::Relaxed);
+                }
+            }
+        }
+        let _ = give_back.send(buffer);
+    }
+}
+
+fn store(shared: &Shared, plain: &[u8], compressor: &mut Compressor<'static>, stored: &mut Vec<u8>) -> Result<Outcome> {
+    if is_zero(plain) {
+        return Ok(Outcome::Hole);
+    }
+    let digest = Digest::of(plain);
+    let plain_len = plain.len() as u32;
+    let reused = shared.reusable.get(&digest).map(|(image, chunk)| Place::Reused { image: *image, chunk: *chunk });
+    let number = {
+        let mut table = shared.table.lock();
+        if let Some(known) = table.by_digest.get(&digest) {
+            return Ok(Outcome::Chunk(*known));
+        }
+        let number = u32::try_from(table.chunks.len()).map_err(|_| Error::invalid("source", "too many chunks"))?;
+        table.by_digest.insert(digest, number);
+        // The place is filled in below; nobody asks for it before all jobs are done.
+        let place = reused.unwrap_or(Place::Spool { offset: 0, len: 0 });
+        table.chunks.push(Stored { digest, plain_len, place });
+        number
+    };
+    if let Some(Place::Reused { chunk, .. }) = reused {
+        shared.progress.event(Event::Chunk { plain: plain_len, stored: chunk.stored_len, reused: true });
+        return Ok(Outcome::Chunk(number));
+    }
+    stored.clear();
+    let len = compressor
+        .compress_to_buffer(plain, stored)
+        .map_err(|error| Error::io(format!("compressing chunk {digest}"), error))?;
+    let offset = shared.spool_end.fetch_add(len as u64, Ordering::Relaxed);
+    shared
+        .spool
+        .write_all_at(stored.get(..len).unwrap_or_default(), offset)
+        .map_err(|error| Error::io("writing the spool of stored chunks (--temp or TMPDIR says where it is)", error))?;
+    let len = len as u32;
+    if let Some(chunk) = shared.table.lock().chunks.get_mut(number as usize) {
+        chunk.place = Place::Spool { offset, len };
+    }
+    shared.progress.event(Event::Chunk { plain: plain_len, stored: len, reused: false });
+    Ok(Outcome::Chunk(number))
+}
+
+/// Whether all bytes are zero: the first is, and each equals the one before it (a compare that memcmp does fast).
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    match bytes.split_first() {
+        Some((first, rest)) => *first == 0 && bytes.get(..rest.len()) == Some(rest),
+        None => true,
+    }
+}
