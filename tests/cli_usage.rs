@@ -111,5 +111,5 @@ fn build_becomes_the_builder_beside_the_program() {
     let output =
         std::process::Command::new(&program).args(["build", "--json", "--help", "dir:x", "-q"]).output().unwrap();
     assert_eq!(output.status.code(), Some(7));
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "--json --help dir:x -q\n");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "build --json --help dir:x -q\n");
 }

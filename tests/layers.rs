@@ -19,8 +19,8 @@ const RANKS: [&[&str]; 13] = [
     &["pool"],
     &["fetch"],
     &["source"],
-    &["map", "ext4"],
-    &["index", "oci"],
+    &["map", "oci", "ext4"],
+    &["index"],
     &["chunk", "error", "media", "sys"],
 ];
 

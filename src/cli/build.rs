@@ -28,7 +28,7 @@ pub fn exec(arguments: &[OsString]) -> Outcome {
     let program = std::env::current_exe()
         .map_err(|error| Problem::new(Kind::Failed, format!("finding this program's directory: {error}")))?;
     let builder = program.with_file_name(BUILDER);
-    let error = Command::new(&builder).args(arguments).exec();
+    let error = Command::new(&builder).arg("build").args(arguments).exec();
     Err(Problem::new(Kind::Failed, format!("running the builder {}: {error}", builder.display()))
         .hint(format!("{BUILDER} belongs beside {}; install both", program.display())))
 }

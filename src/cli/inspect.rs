@@ -132,7 +132,7 @@ fn inspect(image: &Image) -> Inspection {
         unique_chunks: unique.len() as u64,
         plain_bytes,
         stored_bytes: chunk_bytes,
-        index_bytes: image.index_layer.index_bytes,
+        index_bytes: image.layers.index.index_bytes,
         packs,
     }
 }

@@ -1,5 +1,6 @@
 //! Options of all verbs, and of those that name an image.
 
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
 use clap::Args;
@@ -122,12 +123,17 @@ pub fn absolute(path: &std::path::Path) -> Outcome<PathBuf> {
 /// # Errors
 /// A filter that can't be parsed.
 pub fn start_log(filter: &str) -> Outcome {
-    let filter = EnvFilter::try_new(filter).map_err(|error| {
+    // fuser warns of every request that a kernel need not get an answer to.
+    let filter = EnvFilter::try_new(format!("fuser=error,{filter}")).map_err(|error| {
         Problem::new(Kind::Usage, format!("the log level {filter:?}: {error}"))
             .hint("write error, warn, info, debug or trace, or a filter such as info,firstread::fetch=debug")
     })?;
     // A second subscriber in one process is a test's; the first one stays.
-    let _ =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .try_init();
     Ok(())
 }

@@ -1,11 +1,17 @@
 //! `firstread stop`: detach all, stop the daemon.
 
+use std::time::Duration;
+
 use clap::Args;
 
 use super::Outcome;
 use super::connect::connect;
 use super::options::Context;
 use crate::daemon::control::{Call, InUse, Kind, Problem, Stopped};
+use crate::daemon::rundir::wait_until_free;
+
+/// How long the verb waits for the daemon to be gone.
+const LEAVING: Duration = Duration::from_secs(20);
 
 /// Arguments of the verb.
 #[derive(Debug, Args)]
@@ -30,6 +36,9 @@ impl Stop {
         let stopped: Stopped = client.call(Call::Stop { in_use })?;
         if stopped.stopping {
             client.wait_for_end();
+            if !wait_until_free(&context.config.run, LEAVING) {
+                context.output.remark("the daemon stops, but takes its time");
+            }
         }
         context.output.answer(&stopped, |_| String::new())?;
         if stopped.in_use.is_empty() || stopped.stopping {

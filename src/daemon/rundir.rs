@@ -3,10 +3,13 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
+use super::control::SOCKET;
 use crate::error::{Error, Result};
 
 /// Where the log of a daemon goes that a verb started.
@@ -14,6 +17,9 @@ pub const LOG: &str = "daemon.log";
 
 /// A log larger than this, in bytes, is set aside when a daemon starts.
 const LOG_MAX: u64 = 16 << 20;
+
+/// How long a starting daemon waits for one that is leaving.
+const LEAVING: Duration = Duration::from_secs(3);
 
 const PID: &str = "daemon.pid";
 const START: &str = "start.lock";
@@ -51,7 +57,8 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Creates and locks the directory, and writes this process's id into its pid file.
+    /// Creates and locks the directory, and writes this process's id into its pid file. Waits a moment for a daemon that
+    /// does not serve any more and is about to leave.
     ///
     /// # Errors
     /// [`Error::Busy`] that names the daemon which owns it.
@@ -60,9 +67,14 @@ impl RunDir {
         let name = path.join(PID);
         let failed = |error: io::Error| Error::io(format!("locking {}", name.display()), error);
         let mut file = options().open(&name).map_err(failed)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+        let deadline = Instant::now() + LEAVING;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::WOULDBLOCK) => {}
+                Err(error) => return Err(failed(error.into())),
+            }
+            if Instant::now() >= deadline || UnixStream::connect(path.join(SOCKET)).is_ok() {
                 let mut text = String::new();
                 let owner = match file.read_to_string(&mut text) {
                     Ok(_) if !text.trim().is_empty() => format!("process {}", text.trim()),
@@ -73,7 +85,7 @@ impl RunDir {
                     path.display()
                 )));
             }
-            Err(error) => return Err(failed(error.into())),
+            std::thread::sleep(Duration::from_millis(20));
         }
         file.set_len(0).map_err(failed)?;
         file.rewind().map_err(failed)?;
@@ -85,6 +97,23 @@ impl RunDir {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// Waits until no process owns the run directory; says whether that came true in time.
+#[must_use]
+pub fn wait_until_free(path: &Path, patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
+    loop {
+        let Ok(file) = File::open(path.join(PID)) else { return true };
+        // A shared lock, given up at once: one that starts meanwhile tries again.
+        if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

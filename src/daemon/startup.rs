@@ -92,6 +92,8 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
         tracing::warn!("removing the control socket: {error}");
     }
     tracing::info!("stopped");
+    // The directory is free when the process is gone, and the pool with it.
+    std::mem::forget(run_dir);
     Ok(())
 }
 

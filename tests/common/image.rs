@@ -1,4 +1,5 @@
 //! A firstread image made by hand: a disk file, cut into fixed chunks, in an OCI layout.
+#![allow(dead_code)] // No test uses all of it.
 
 use std::fs;
 use std::path::{Path, PathBuf};

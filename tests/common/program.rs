@@ -1,4 +1,5 @@
 //! The program `firstread` with directories of its own, cleaned up however the test ends.
+#![allow(dead_code)] // No test uses all of it.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -31,8 +31,10 @@ pub(super) fn walk(top: &Path, rootfs: &mut Rootfs, intake: &mut Intake, progres
         return Err(Error::invalid("source", format!("{} is not a directory", top.display())));
     }
     let top = std::fs::canonicalize(top).map_err(|error| Error::io(format!("reading {}", top.display()), error))?;
-    let mut walker = Walker { device: found.dev(), links: HashMap::new(), rootfs, intake, progress };
-    walker.rootfs.node_mut(ROOT)?.meta = walker.meta(&top, &found)?;
+    let mut walker =
+        Walker { device: found.dev(), links: HashMap::new(), xattrs: Xattrs::new(), rootfs, intake, progress };
+    let meta = walker.meta(&top, &found)?;
+    walker.rootfs.node_mut(ROOT)?.meta = meta;
     let mut stack = vec![(top, ROOT, 0usize)];
     while let Some((dir, parent, depth)) = stack.pop() {
         if depth > walker.rootfs.limits().depth {
@@ -62,6 +64,7 @@ struct Walker<'a> {
     device: u64,
     /// Files with several names, by inode number.
     links: HashMap<u64, NodeId>,
+    xattrs: Xattrs,
     rootfs: &'a mut Rootfs,
     intake: &'a mut Intake,
     progress: &'a dyn Progress,
@@ -140,40 +143,49 @@ impl Walker<'_> {
         Ok(Kind::File(content))
     }
 
-    fn meta(&self, path: &Path, found: &Metadata) -> Result<Meta> {
+    fn meta(&mut self, path: &Path, found: &Metadata) -> Result<Meta> {
         Ok(Meta {
             mode: (found.mode() & 0o7777) as u16,
             uid: found.uid(),
             gid: found.gid(),
             mtime: Time { secs: found.mtime(), nanos: u32::try_from(found.mtime_nsec()).unwrap_or(0) },
-            xattrs: xattrs(path)?,
+            xattrs: self.xattrs.read(path)?,
         })
     }
 }
 
-/// The attributes of a file, not followed if it is a link, in the order of their names.
-fn xattrs(path: &Path) -> Result<Vec<(Box<[u8]>, Box<[u8]>)>> {
-    use rustix::io::Errno;
-    let io = |error: Errno| Error::io("reading the extended attributes", error.into());
-    // Most files have none, which the call with an empty buffer tells.
-    match rustix::fs::llistxattr(path, &mut [0u8; 0]) {
-        Ok(0) | Err(Errno::OPNOTSUPP | Errno::ACCESS) => return Ok(Vec::new()),
-        Ok(_) => {}
-        Err(error) => return Err(io(error)),
+/// Reads extended attributes into buffers that are made once.
+struct Xattrs {
+    list: Vec<u8>,
+    value: Vec<u8>,
+}
+
+impl Xattrs {
+    fn new() -> Self {
+        Self { list: vec![0; XATTR_MAX], value: vec![0; XATTR_MAX] }
     }
-    let mut list = vec![0u8; XATTR_MAX];
-    let len = rustix::fs::llistxattr(path, &mut list).map_err(io)?;
-    let mut all = Vec::new();
-    let mut value = vec![0u8; XATTR_MAX];
-    for name in list.get(..len).unwrap_or_default().split(|byte| *byte == 0).filter(|name| is_namespaced(name)) {
-        match rustix::fs::lgetxattr(path, name, &mut value) {
-            Ok(len) => all.push((name.into(), value.get(..len).unwrap_or_default().into())),
-            Err(Errno::NODATA | Errno::ACCESS) => {}
+
+    /// The attributes of a file, not followed if it is a link, in the order of their names.
+    fn read(&mut self, path: &Path) -> Result<Vec<(Box<[u8]>, Box<[u8]>)>> {
+        use rustix::io::Errno;
+        let io = |error: Errno| Error::io("reading the extended attributes", error.into());
+        let len = match rustix::fs::llistxattr(path, self.list.as_mut_slice()) {
+            Ok(len) => len,
+            Err(Errno::OPNOTSUPP | Errno::ACCESS) => 0,
             Err(error) => return Err(io(error)),
+        };
+        let names = self.list.get(..len).unwrap_or_default().split(|byte| *byte == 0);
+        let mut all = Vec::new();
+        for name in names.filter(|name| is_namespaced(name)) {
+            match rustix::fs::lgetxattr(path, name, self.value.as_mut_slice()) {
+                Ok(len) => all.push((name.into(), self.value.get(..len).unwrap_or_default().into())),
+                Err(Errno::NODATA | Errno::ACCESS) => {}
+                Err(error) => return Err(io(error)),
+            }
         }
+        all.sort_unstable();
+        Ok(all)
     }
-    all.sort_unstable();
-    Ok(all)
 }
 
 /// The parts of a sparse file that are not holes.

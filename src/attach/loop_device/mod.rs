@@ -233,5 +233,9 @@ pub fn stale() -> Vec<Stale> {
 fn identity(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let after_name = stat.rsplit_once(") ")?.1;
+    // A zombie has let go of everything, and nobody may ever reap it.
+    if after_name.starts_with(['Z', 'X']) {
+        return None;
+    }
     Some(format!("{pid}.{}", after_name.split(' ').nth(19)?))
 }

@@ -1,0 +1,212 @@
+//! Every form of source gives the device that the tree it holds gives.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "common/built.rs"]
+mod built;
+#[path = "common/ext4.rs"]
+mod ext4;
+#[path = "common/nodes.rs"]
+mod nodes;
+
+use built::{Layout, request, run, shell, tool, try_build};
+use nodes::{Compare, assert_same};
+use tempfile::TempDir;
+
+/// A tree with one of everything.
+const TREE: &str = r#"
+    mkdir -p tree/{bin,etc/deep/er,empty,var/lib}
+    cd tree
+    for n in $(seq 100); do head -c $((n * 700)) /dev/urandom > bin/small-$n; done
+    head -c 3000001 /dev/urandom > bin/large
+    cp bin/large bin/same-content
+    head -c 65536 /dev/zero > etc/zeros
+    head -c 65535 /dev/urandom > etc/just-small
+    head -c 65536 /dev/urandom > etc/just-large
+    touch etc/nothing
+    truncate -s 5M var/sparse
+    head -c 5000 /dev/urandom | dd of=var/sparse bs=1 seek=1000000 conv=notrunc status=none
+    truncate -s 40K var/sparse-small
+    printf x | dd of=var/sparse-small bs=1 seek=30000 conv=notrunc status=none
+    truncate -s 1G var/hole
+    ln bin/large var/hard
+    ln -s ../bin/large var/soft
+    ln -s /nowhere/$(printf 'x%.0s' $(seq 200)) var/dangling
+    ln var/soft var/soft-too
+    mkfifo var/fifo
+    mknod var/null c 1 3
+    mknod var/disk b 259 1048575
+    printf odd > "$(printf 'etc/\xff\xfe')"
+    printf long > etc/$(printf 'n%.0s' $(seq 255))
+    setfattr -n user.note -v "two
+lines" bin/large
+    setfattr -n security.capability -v 0x0100000200200000000000000000000a00000000 bin/small-1
+    setfattr -n trusted.x -v y etc
+    chown 1000:100000 bin/small-2
+    chmod 4755 bin/small-3
+    chmod 1777 empty
+    touch -d @-5.25 bin/small-4
+    touch -d @4102444800.123456789 bin/small-5
+    touch -h -d @12.000000001 var/soft
+"#;
+
+fn tree() -> TempDir {
+    let temp = tempfile::tempdir().unwrap();
+    shell(temp.path(), TREE);
+    temp
+}
+
+const TAR: &str =
+    "tar --format=pax --sort=name --xattrs --xattrs-include='*' --sparse --pax-option=delete=atime,delete=ctime";
+
+#[test]
+fn a_directory_is_on_the_device_node_by_node() {
+    let temp = tree();
+    let (source, layout) = (temp.path().join("tree"), temp.path().join("layout"));
+    let report = try_build(&format!("dir:{}", source.display()), &format!("oci:{}:t", layout.display())).unwrap();
+    assert_eq!(report.new_chunks, report.chunks);
+    let found = Layout(layout).tree(&report.digest.to_string(), temp.path());
+    assert_same(&nodes::read(&source), &found, Compare::AcrossFileSystems);
+}
+
+#[test]
+fn every_form_of_tar_gives_the_index_that_the_directory_gives() {
+    let temp = tree();
+    let at = |name: &str| temp.path().join(name).display().to_string();
+    let mut forms = vec![format!("dir:{}", at("tree"))];
+    for (name, options, filter) in [
+        ("pax", "--format=pax --sparse-version=1.0", "cat"),
+        ("pax01", "--format=pax --sparse-version=0.1", "gzip"),
+        ("pax00", "--format=pax --sparse-version=0.0", "zstd -1"),
+        ("members", "--format=pax", "cat > all; head -c 1000000 all | gzip; tail -c +1000001 all | gzip"),
+    ] {
+        shell(temp.path(), &format!("{TAR} {options} -C tree -cf - . | ({filter}) > {name}.tar"));
+        forms.push(format!("tar:{}", at(&format!("{name}.tar"))));
+    }
+    shell(temp.path(), "(head -c 500000 all | zstd -q; tail -c +500001 all | zstd -q) > frames.tar");
+    forms.push(format!("tar:{}", at("frames.tar")));
+    let layout = Layout(temp.path().join("layout"));
+    let mut indexes = Vec::new();
+    for (number, form) in forms.iter().enumerate() {
+        let report = try_build(form, &format!("oci:{}:t{number}", layout.0.display())).unwrap();
+        indexes.push(layout.index(&report.digest.to_string()));
+    }
+    for (form, index) in forms.iter().zip(&indexes) {
+        assert!(*index == indexes[0], "{form} differs");
+    }
+}
+
+#[test]
+fn old_gnu_sparse_files_and_long_names_are_read() {
+    let temp = tempfile::tempdir().unwrap();
+    shell(
+        temp.path(),
+        r#"
+        mkdir tree; cd tree
+        truncate -s 9M sparse
+        for at in $(seq 0 60); do printf "piece $at" | dd of=sparse bs=1 seek=$((at * 140000)) conv=notrunc status=none; done
+        name=$(printf 'directory-%.0s' $(seq 20))
+        mkdir -p $name/$name; echo content > $name/$name/file; ln -s $name/$name/$name link
+        touch -d @1600000000 $name/$name/file $name/$name $name sparse; touch -h -d @1600000000 link
+        touch -d @1600000000 .
+        cd ..; tar --format=gnu --sparse --sort=name -C tree -cf gnu.tar ."#,
+    );
+    let at = |name: &str| temp.path().join(name).display().to_string();
+    let layout = Layout(temp.path().join("layout"));
+    let digest = |form: String, tag: &str| {
+        try_build(&form, &format!("oci:{}:{tag}", layout.0.display())).unwrap().digest.to_string()
+    };
+    let from_tar = digest(format!("tar:{}", at("gnu.tar")), "tar");
+    let from_dir = digest(format!("dir:{}", at("tree")), "dir");
+    assert!(layout.index(&from_tar) == layout.index(&from_dir));
+}
+
+/// skopeo makes the other forms of an image, and copies what is built without changing it.
+#[test]
+fn image_forms_give_equal_devices_and_keep_the_config() {
+    let temp = tree();
+    let at = |name: &str| temp.path().join(name).display().to_string();
+    shell(temp.path(), &format!("{TAR} -C tree -cf layer.tar ."));
+    shell(
+        temp.path(),
+        "umoci init --layout plain; umoci new --image plain:t; umoci raw add-layer --image plain:t layer.tar
+         umoci config --image plain:t --config.env A=B --config.cmd run --config.label k=v --manifest.annotation m=n
+         for to in docker-archive:saved.tar:some/name:v1 oci-archive:archive.tar:t oci:copied:t; do
+             skopeo --insecure-policy copy -q oci:plain:t $to
+         done",
+    );
+    let layout = Layout(temp.path().join("layout"));
+    let mut indexes = Vec::new();
+    for (number, form) in [
+        format!("oci:{}:t", at("plain")),
+        format!("docker-archive:{}", at("saved.tar")),
+        format!("oci-archive:{}:t", at("archive.tar")),
+        format!("oci:{}:t", at("copied")),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let report = try_build(form, &format!("oci:{}:t{number}", layout.0.display()))
+            .unwrap_or_else(|error| panic!("{form}: {error}"));
+        let manifest = layout.json(&report.digest.to_string());
+        let config = layout.json(manifest["config"]["digest"].as_str().unwrap());
+        assert_eq!(config["config"]["Env"][0], "A=B");
+        assert_eq!(config["config"]["Cmd"][0], "run");
+        assert_eq!(config["config"]["Labels"]["k"], "v");
+        let layers = manifest["layers"].as_array().unwrap();
+        assert_eq!(config["rootfs"]["diff_ids"].as_array().unwrap().len(), layers.len());
+        let history = config["history"].as_array().unwrap();
+        assert_eq!(history.iter().filter(|entry| entry["empty_layer"] != true).count(), layers.len());
+        if number != 1 {
+            assert_eq!(manifest["annotations"]["m"], "n", "{form}");
+        }
+        for (layer, diff_id) in layers.iter().zip(config["rootfs"]["diff_ids"].as_array().unwrap()) {
+            let path = layout.blob_path(layer["digest"].as_str().unwrap());
+            let path = path.display().to_string();
+            let listed = tool("bash", ["-c", &format!("set -o pipefail; zstd -dcq < {path} | tar t")]);
+            assert!(String::from_utf8(listed).unwrap().lines().last().unwrap().starts_with(".firstread/"));
+            let sum = tool("bash", ["-c", &format!("set -o pipefail; zstd -dcq < {path} | sha256sum")]);
+            assert_eq!(format!("sha256:{}", &String::from_utf8(sum).unwrap()[..64]), diff_id.as_str().unwrap());
+        }
+        indexes.push(layout.index(&report.digest.to_string()));
+    }
+    assert!(indexes.iter().all(|index| *index == indexes[0]));
+
+    shell(temp.path(), "skopeo --insecure-policy copy -q oci:layout:t0 oci:again:t0");
+    let again = Layout(temp.path().join("again"));
+    assert_eq!(again.top("t0"), layout.top("t0"));
+    assert_eq!(again.json(&again.top("t0")), layout.json(&layout.top("t0")));
+}
+
+#[test]
+fn builds_are_byte_identical_whatever_the_threads_and_paths() {
+    let temp = tree();
+    shell(temp.path(), "mkdir other; cp -a tree other/place");
+    let (one, two) = (Layout(temp.path().join("one")), Layout(temp.path().join("two")));
+    let mut first =
+        request(&format!("dir:{}", temp.path().join("tree").display()), &format!("oci:{}:t", one.0.display()));
+    first.workers = 1;
+    let mut second =
+        request(&format!("dir:{}", temp.path().join("other/place").display()), &format!("oci:{}:t", two.0.display()));
+    second.workers = 7;
+    second.temp = temp.path().join("other");
+    assert_eq!(run(&first).unwrap().digest, run(&second).unwrap().digest);
+    shell(temp.path(), "diff -r one two");
+}
+
+#[test]
+fn a_second_version_reuses_the_packs_of_the_first() {
+    let temp = tree();
+    let layout = Layout(temp.path().join("layout"));
+    let source = format!("dir:{}", temp.path().join("tree").display());
+    let destination = |tag: &str| format!("oci:{}:{tag}", layout.0.display());
+    let first = try_build(&source, &destination("one")).unwrap();
+    shell(temp.path(), "head -c 70000 /dev/urandom > tree/etc/new-file");
+    let mut second = request(&source, &destination("two"));
+    second.reuse = vec![destination("one").parse().unwrap()];
+    let second = run(&second).unwrap();
+    assert!(second.new_bytes < first.stored_bytes / 4, "{second:?}");
+    assert_eq!(second.new_bytes + second.reused_bytes, second.stored_bytes);
+    let found = layout.tree(&second.digest.to_string(), temp.path());
+    assert_same(&nodes::read(&temp.path().join("tree")), &found, Compare::AcrossFileSystems);
+}
