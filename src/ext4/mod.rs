@@ -15,12 +15,24 @@
 //!
 //! Everything before the pad is what [`Plan::write_metadata`] emits; everything after the data is zeros.
 
+mod checksum;
+mod dir;
+mod emit;
+mod extent;
+mod group;
+mod hash;
+mod htree;
+mod inode;
+mod layout;
+mod superblock;
 mod tree;
+mod walk;
+mod write;
+mod xattr;
 
 pub mod plan;
 
+pub use layout::BLOCK_SIZE;
 pub use plan::{Options, Plan, plan};
-pub use tree::{Inode, InodeId, Kind, Segment, Time, Tree};
-
-/// The size of a block in bytes, the only one written.
-pub const BLOCK_SIZE: usize = 4096;
+pub use tree::{Inode, InodeId, Kind, Segment, Time, Tree, Xattr};
+pub use xattr::is_supported as is_supported_xattr;
