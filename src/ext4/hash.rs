@@ -19,7 +19,7 @@ pub fn name_hash(name: &[u8], seed: &[u32; 4]) -> (u32, u32) {
     (if hash == 0xffff_fffe { 0xffff_fffc } else { hash }, minor)
 }
 
-/// The next 32 bytes as words, padded with the remaining length (`str2hashbuf_unsigned`).
+/// The next 32 bytes as words, padded with the remaining length (`str2hashbuf_signed`).
 fn words(rest: &[u8]) -> [u32; 8] {
     let length = u32::try_from(rest.len()).unwrap_or(u32::MAX);
     let pad = length | length << 8;
@@ -27,7 +27,7 @@ fn words(rest: &[u8]) -> [u32; 8] {
     let mut words = [pad; 8];
     for (word, bytes) in words.iter_mut().zip(rest.chunks(4)) {
         for byte in bytes {
-            *word = (*word << 8).wrapping_add(u32::from(*byte));
+            *word = (*word << 8).wrapping_add(i32::from(*byte as i8) as u32);
         }
     }
     words

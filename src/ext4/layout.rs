@@ -42,8 +42,8 @@ pub mod feature {
     pub const INCOMPATIBLE: u32 = 0x2 | 0x40 | 0x200;
     /// large_file, huge_file, dir_nlink, extra_isize, metadata_csum (`EXT4_FEATURE_RO_COMPAT_*`).
     pub const READ_ONLY_COMPATIBLE: u32 = 0x2 | 0x8 | 0x20 | 0x40 | 0x400;
-    /// Names are hashed as unsigned bytes (`EXT2_FLAGS_UNSIGNED_HASH`).
-    pub const UNSIGNED_HASH: u32 = 0x2;
+    /// Names are hashed as signed bytes (`EXT2_FLAGS_SIGNED_HASH`), as all make them that know no other way.
+    pub const SIGNED_HASH: u32 = 0x1;
     /// The hash of indexed directories (`DX_HASH_HALF_MD4`).
     pub const HALF_MD4: u8 = 1;
     /// User attributes and ACLs are on (`EXT4_DEFM_XATTR_USER | EXT4_DEFM_ACL`).

@@ -77,7 +77,7 @@ pub fn encode(geometry: &Geometry, names: &Names, time: Time) -> Block {
     raw.default_mount_options = U32::new(feature::MOUNT_OPTIONS);
     raw.min_extra_isize = U16::new(EXTRA_ISIZE);
     raw.want_extra_isize = U16::new(EXTRA_ISIZE);
-    raw.flags = U32::new(feature::UNSIGNED_HASH);
+    raw.flags = U32::new(feature::SIGNED_HASH);
     raw.log_groups_per_flex = LOG_GROUPS_PER_FLEX;
     raw.checksum_type = feature::CHECKSUM_CRC32C;
     let descriptors = geometry.groups.div_ceil(DESCRIPTORS_PER_BLOCK);

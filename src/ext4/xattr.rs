@@ -17,6 +17,8 @@ const ROOM_IN_INODE: usize = 96 - 4 - 4;
 /// Bytes for entries and values in a block: less the header and the end mark.
 const ROOM_IN_BLOCK: usize = BLOCK_SIZE - size_of::<XattrHeader>() - 4;
 
+/// The longest name, prefix included (`XATTR_NAME_MAX`).
+const LONGEST_NAME: usize = 255;
 const SECURITY: u8 = 6;
 /// The prefixes that ext4 has numbers for (`EXT4_XATTR_INDEX_*`).
 const PREFIXES: [(&[u8], u8); 3] = [(b"user.", 1), (b"trusted.", 4), (b"security.", SECURITY)];
@@ -37,7 +39,7 @@ fn number_of(name: &[u8]) -> Option<(u8, &[u8])> {
     PREFIXES
         .iter()
         .find_map(|(prefix, number)| name.strip_prefix(*prefix).map(|rest| (*number, rest)))
-        .filter(|(_, rest)| (1..=255).contains(&rest.len()) && !rest.contains(&0))
+        .filter(|(_, rest)| !rest.is_empty() && name.len() <= LONGEST_NAME && !rest.contains(&0))
 }
 
 /// An attribute as ext4 stores it.

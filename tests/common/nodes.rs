@@ -75,6 +75,15 @@ pub type Nodes = BTreeMap<Vec<u8>, Node>;
 
 /// Reads a directory tree.
 pub fn read(top: &Path) -> Nodes {
+    read_nodes(top, content)
+}
+
+/// Reads a directory tree, but no file's content.
+pub fn read_without_content(top: &Path) -> Nodes {
+    read_nodes(top, |_| Content::default())
+}
+
+fn read_nodes(top: &Path, content: impl Fn(&Path) -> Content) -> Nodes {
     let mut nodes = Nodes::new();
     let mut inodes: HashMap<(u64, u64), Vec<Vec<u8>>> = HashMap::new();
     let mut stack = vec![Vec::new()];
