@@ -144,7 +144,7 @@ impl Client {
     async fn upload(&self, request: reqwest::RequestBuilder, content: &Content, bytes: u64) -> Result<Response> {
         let sent = Arc::new(AtomicU64::new(0));
         let body = match content {
-            Content::Bytes(bytes) => counted(futures_util::stream::iter([Ok(bytes.clone())]), &sent),
+            Content::Bytes(bytes) => counted(pieces(bytes.clone()), &sent),
             Content::File(path) => counted(files::stream(PathBuf::from(path), 0, bytes), &sent),
         };
         let send = request.header(CONTENT_LENGTH, bytes).body(body).send();
@@ -185,6 +185,13 @@ impl Client {
     fn refused(&self, call: &Call, reason: String) -> Error {
         Error::Refused { source_name: self.name.clone(), what: call.what.clone(), reason }
     }
+}
+
+/// `bytes` in pieces, so that their progress can be seen.
+fn pieces(bytes: Bytes) -> impl futures_util::Stream<Item = Result<Bytes>> + Send + 'static {
+    const PIECE: usize = 256 << 10;
+    let starts = (0..bytes.len()).step_by(PIECE);
+    futures_util::stream::iter(starts.map(move |start| Ok(bytes.slice(start..bytes.len().min(start + PIECE)))))
 }
 
 /// A request body that counts what was taken from it.
