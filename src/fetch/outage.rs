@@ -59,7 +59,7 @@ impl Shared {
     async fn attempt(self: &Arc<Self>, origin: &Arc<Origin>, batch: Vec<Want>, give_up: Option<Instant>) -> Vec<Want> {
         let mut left = batch;
         for want in &mut left {
-            want.trouble = None;
+            want.earlier = want.trouble.take();
         }
         for number in 0..origin.sources().len() {
             let (asked, mut skipped): (Vec<_>, Vec<_>) =

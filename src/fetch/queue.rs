@@ -29,12 +29,14 @@ pub(super) struct Want {
     pub wrong_once: u64,
     /// What stood in the way in the current round over the sources.
     pub trouble: Option<Error>,
+    /// What stood in the way in the round before.
+    pub earlier: Option<Error>,
 }
 
 impl Want {
     pub(super) fn new(chunk: ChunkRef, ticket: Ticket, priority: Priority) -> Self {
         let since = Instant::now();
-        Self { chunk, ticket, priority, since, wrong_sources: 0, wrong_once: 0, trouble: None }
+        Self { chunk, ticket, priority, since, wrong_sources: 0, wrong_once: 0, trouble: None, earlier: None }
     }
 
     /// First byte behind the stored chunk. Its range was checked against the blob.

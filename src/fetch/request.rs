@@ -14,6 +14,20 @@ use super::queue::Want;
 use crate::error::{Error, Result};
 use crate::source::Body;
 
+/// Why a request did not bring everything.
+enum Broken {
+    /// The source's error.
+    Failed(Error),
+    /// Readers would not have waited any longer.
+    OutOfTime,
+}
+
+impl From<Error> for Broken {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
 impl Shared {
     /// Reads `wants` (one blob, ascending, not overlapping) from source number `number`. Chunks are decoded and
     /// delivered on blocking threads as they become complete. Returns those that did not arrive, with the trouble noted.
@@ -25,12 +39,19 @@ impl Shared {
         give_up: Option<Instant>,
     ) -> Vec<Want> {
         let mut wants = VecDeque::from(wants);
-        if let Err(error) = self.stream(origin, number, &mut wants, give_up).await {
-            tracing::debug!(%error, chunks = wants.len(), "a request failed");
+        if let Err(broken) = self.stream(origin, number, &mut wants, give_up).await {
             for want in &mut wants {
+                let error = match &broken {
+                    Broken::Failed(error) => error.clone(),
+                    // What was wrong before says more than that this try was cut short.
+                    Broken::OutOfTime => want.earlier.clone().unwrap_or_else(|| {
+                        let name = origin.sources().get(number).map_or("a source", |source| source.name());
+                        Error::unreachable(name, "it made no progress while readers waited")
+                    }),
+                };
                 // A source that lacks the chunk does not outweigh one that may have it and can't be reached.
                 if !matches!((&want.trouble, &error), (Some(_), Error::NotFound { .. })) {
-                    want.trouble = Some(error.clone());
+                    want.trouble = Some(error);
                 }
             }
         }
@@ -43,17 +64,18 @@ impl Shared {
         number: usize,
         wants: &mut VecDeque<Want>,
         give_up: Option<Instant>,
-    ) -> Result<()> {
+    ) -> Result<(), Broken> {
         let (Some(first), Some(last)) = (wants.front(), wants.back()) else { return Ok(()) };
         let (mut at, end) = (first.chunk.offset, last.end());
         let blob = origin.blobs().get(first.chunk.blob as usize);
         let (Some(blob), Some(source)) = (blob, origin.sources().get(number)) else { return Ok(()) };
         Counters::add(&origin.counters().requests, 1);
-        let mut body: Body = self.patient(source.name(), give_up, source.read_at(blob, at, end - at)).await??;
+        let mut body: Body = self.patient(give_up, source.read_at(blob, at, end - at)).await??;
         let mut stored = Vec::new();
         while !wants.is_empty() {
-            let Some(piece) = self.patient(source.name(), give_up, body.next()).await? else {
-                return Err(Error::unreachable(source.name(), format!("the answer ended at byte {at} of {end}")));
+            let Some(piece) = self.patient(give_up, body.next()).await? else {
+                let reason = format!("the answer ended at byte {at} of {end}");
+                return Err(Broken::Failed(Error::unreachable(source.name(), reason)));
             };
             let piece = piece?;
             Counters::add(&origin.counters().bytes, piece.len() as u64);
@@ -80,14 +102,11 @@ impl Shared {
     }
 
     /// Waits for a source, but no longer than readers do.
-    async fn patient<T>(&self, name: &str, give_up: Option<Instant>, work: impl Future<Output = T>) -> Result<T> {
+    async fn patient<T>(&self, give_up: Option<Instant>, work: impl Future<Output = T>) -> Result<T, Broken> {
         let limit = self.options.on_outage.and_then(|wait| Instant::now().checked_add(wait));
-        let limit = [give_up, limit].into_iter().flatten().min();
-        match limit {
+        match [give_up, limit].into_iter().flatten().min() {
             None => Ok(work.await),
-            Some(limit) => tokio::time::timeout_at(limit, work)
-                .await
-                .map_err(|_| Error::unreachable(name, "it made no progress while readers wait")),
+            Some(limit) => tokio::time::timeout_at(limit, work).await.map_err(|_| Broken::OutOfTime),
         }
     }
 
@@ -102,8 +121,8 @@ impl Shared {
             match decode(&want.chunk, stored, source_name) {
                 Ok(chunk) => {
                     let chunk = Arc::new(chunk);
-                    want.ticket.deliver(Ok(Arc::clone(&chunk)));
                     Counters::add(&origin.counters().chunks, 1);
+                    want.ticket.deliver(Ok(Arc::clone(&chunk)));
                     // Before the ticket is dropped: until then whoever misses the chunk in the pool joins this flight.
                     shared.pool.admit(&chunk);
                 }

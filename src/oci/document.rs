@@ -274,3 +274,76 @@ fn check_count(count: usize) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use super::*;
+
+    fn index(platforms: &[Option<&str>]) -> ImageIndex {
+        let entries: Vec<_> = platforms
+            .iter()
+            .enumerate()
+            .map(|(number, platform)| {
+                let digest = Digest::of(&[number as u8]).to_string();
+                let mut entry =
+                    serde_json::json!({"mediaType": media_type::MANIFEST, "digest": digest, "size": number});
+                if let Some(platform) = platform {
+                    let platform: Platform = platform.parse().unwrap();
+                    entry["platform"] = serde_json::json!({"os": platform.os, "architecture": platform.architecture});
+                    if let Some(variant) = platform.variant {
+                        entry["platform"]["variant"] = variant.into();
+                    }
+                }
+                entry
+            })
+            .collect();
+        let text = serde_json::json!({"schemaVersion": 2, "manifests": entries}).to_string();
+        match Document::parse(text.as_bytes(), "") {
+            Ok(Document::Index(index)) => *index,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn picked(platforms: &[Option<&str>], wanted: &str) -> Option<u64> {
+        Document::pick(&index(platforms), &wanted.parse().unwrap(), "here").ok().map(Descriptor::size)
+    }
+
+    #[test]
+    fn the_entry_for_a_platform_is_picked() {
+        let arms = [Some("linux/arm/v6"), Some("linux/arm/v7"), Some("unknown/unknown"), Some("linux/arm64")];
+        assert_eq!(picked(&arms, "linux/arm/v7"), Some(1));
+        assert_eq!(picked(&arms, "linux/arm"), Some(0));
+        assert_eq!(picked(&arms, "linux/arm64/v8"), Some(3));
+        assert_eq!(picked(&arms, "linux/arm/v5"), None);
+        assert_eq!(picked(&arms, "linux/amd64"), None);
+        assert_eq!(picked(&[None], "linux/amd64"), Some(0));
+        assert_eq!(picked(&[None, None], "linux/amd64"), None);
+        assert_eq!(picked(&[None, Some("unknown/unknown")], "linux/amd64"), Some(0));
+    }
+
+    #[test]
+    fn documents_are_told_apart_and_bounded() {
+        let config = serde_json::json!({"mediaType": "x", "digest": Digest::of(b"").to_string(), "size": 0});
+        let manifest = serde_json::json!({"schemaVersion": 2, "config": config, "layers": []}).to_string();
+        for kind in [media_type::MANIFEST, media_type::DOCKER_MANIFEST, "", "text/plain"] {
+            assert!(matches!(Document::parse(manifest.as_bytes(), kind), Ok(Document::Manifest(_))), "{kind}");
+        }
+        assert!(matches!(Document::parse(manifest.as_bytes(), media_type::INDEX), Err(Error::Invalid { .. })));
+        assert!(matches!(Document::parse(br#"{"schemaVersion":1}"#, ""), Err(Error::Unsupported(_))));
+        for bytes in [&b""[..], b"[", b"{\"config\":", &vec![b' '; 5 << 20]] {
+            assert!(matches!(Document::parse(bytes, ""), Err(Error::Invalid { .. })));
+        }
+        let deep = "[".repeat(1 << 20);
+        assert!(Document::parse(deep.as_bytes(), "").is_err());
+    }
+
+    #[test]
+    fn platforms_are_parsed() {
+        assert_eq!("linux/arm/v7".parse::<Platform>().unwrap().to_string(), "linux/arm/v7");
+        for text in ["", "linux", "/", "linux/", "a/b/c/d", "linux/amd64/", "li nux/amd64"] {
+            assert!(text.parse::<Platform>().is_err(), "{text}");
+        }
+    }
+}

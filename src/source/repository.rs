@@ -93,6 +93,7 @@ impl Repository {
     /// # Errors
     /// [`Error::Unsupported`] for a reference that is neither a registry's nor a layout's, or what the layout's
     /// directory answers.
+    #[cfg_attr(not(feature = "registry"), allow(unused_variables))]
     pub async fn open(reference: &Reference, access: &Access, purpose: Purpose) -> Result<Self> {
         match reference {
             #[cfg(feature = "registry")]
