@@ -1,4 +1,5 @@
-//! Power loss: the pool is stopped at every change it makes to its files, and opened on everything a disk may then show.
+//! Power loss: the pool is stopped at every change it makes to its files, and opened on everything a disk may then
+//! show.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "common/crash.rs"]
@@ -28,8 +29,8 @@ fn chunks() -> Vec<Verified> {
         .collect()
 }
 
-/// A life of a pool: filled, synced half-way, reopened, its journal lost, filled on. Returns how many chunks were durable
-/// when the power was cut.
+/// A life of a pool: filled, synced half-way, reopened, its journal lost, filled on. Returns how many chunks were
+/// durable when the power was cut.
 fn live(disk: &CrashDisk, chunks: &[Verified]) -> usize {
     let mut durable = 0;
     let (first, rest) = chunks.split_at(chunks.len() / 3);

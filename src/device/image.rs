@@ -12,7 +12,8 @@ use crate::fetch::{Fetcher, Origin, Priority};
 use crate::map::{Map, Piece};
 use crate::pool::{Lookup, Pool};
 
-/// Plain bytes that one request of a device waits for at a time: bounds the memory of a read however many chunks it touches.
+/// Plain bytes that one request of a device waits for at a time: bounds the memory of a read however many chunks it
+/// touches.
 const BATCH_BYTES: u64 = 16 * CHUNK_MAX as u64;
 
 /// Pieces that one question for residence looks at.

@@ -82,8 +82,8 @@ impl Writer {
 /// Whether the disk takes chunks. One event when it stops, one when it goes on.
 #[derive(Default)]
 pub(super) struct Health {
-    /// Bytes of the largest write that failed since the last one as large that did not; 0 = all is well. On a nearly full disk small
-    /// chunks still fit: they don't count as recovery.
+    /// Bytes of the largest write that failed since the last one as large that did not; 0 = all is well. On a nearly
+    /// full disk small chunks still fit: they don't count as recovery.
     failed: AtomicU32,
 }
 
@@ -103,8 +103,8 @@ impl Health {
 }
 
 impl Pool {
-    /// Puts a chunk into the pool. Blocks for a write to the page cache. Trouble with the disk is reported once until it is over, and
-    /// is not the caller's.
+    /// Puts a chunk into the pool. Blocks for a write to the page cache. Trouble with the disk is reported once until
+    /// it is over, and is not the caller's.
     pub fn admit(&self, chunk: &Verified) -> Admission {
         let Some(len) = u32::try_from(chunk.bytes().len()).ok().filter(|len| (1..=CHUNK_MAX).contains(len)) else {
             return Admission::NotKept;
@@ -129,8 +129,8 @@ impl Pool {
         }
     }
 
-    /// Data, then the index, then the records: a chunk is found only after it was written, and a record that can't be written
-    /// costs no more than a fetch after the next start.
+    /// Data, then the index, then the records: a chunk is found only after it was written, and a record that can't be
+    /// written costs no more than a fetch after the next start.
     fn append(&self, chunk: &Verified, len: u32) -> io::Result<()> {
         let room = self.take_room(len)?;
         if let Err(error) = room.slab.write(room.offset, chunk.bytes()) {
@@ -183,7 +183,8 @@ impl Pool {
     }
 }
 
-/// Bytes of the next slab of a pool that has `pool` bytes: the number of slabs, each an open file, grows with the pool's logarithm.
+/// Bytes of the next slab of a pool that has `pool` bytes: the number of slabs, each an open file, grows with the
+/// pool's logarithm.
 fn slab_bytes(options: &PoolOptions, pool: u64) -> u64 {
     let grown = (pool / 128).checked_next_power_of_two().unwrap_or(SLAB_MAX);
     options.slab_bytes.max(grown).clamp(2 << 20, SLAB_MAX).next_multiple_of(1 << 20)

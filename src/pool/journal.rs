@@ -1,4 +1,5 @@
-//! The journal: which chunks there are and where. Appended to, never synced by itself; FORMAT.md says why that is enough.
+//! The journal: which chunks there are and where. Appended to, never synced by itself; FORMAT.md says why that is
+//! enough.
 #![deny(clippy::indexing_slicing)]
 
 use std::io::{self, ErrorKind};

@@ -1,17 +1,19 @@
 //! The pool: verified chunks kept locally, shared by all images of a node.
 //!
-//! On disk: append-only slabs of plain chunks and a journal; FORMAT.md, beside this file, describes them, what is assumed
-//! about the medium, and why a crash can't lead to wrong bytes. In memory: digest to place, at most 70 bytes a chunk.
+//! On disk: append-only slabs of plain chunks and a journal; FORMAT.md, beside this file, describes them, what is
+//! assumed about the medium, and why a crash can't lead to wrong bytes. In memory: digest to place, at most 70 bytes
+//! a chunk.
 //!
 //! Invariants:
 //!
 //! * A reader gets bytes that were verified since this start: when the chunk was admitted, or on its first read.
 //! * A chunk is in the index after its data is written.
-//! * No lock is held across I/O. A hit is a lookup under a shard's read lock and then one pread into the reader's buffer.
+//! * No lock is held across I/O. A hit is a lookup under a shard's read lock and then one pread into the reader's
+//!   buffer.
 //! * Trouble with the disk is never the reader's: it is a miss, or a chunk that is not kept, and one event.
 //!
-//! Eviction, when a limit is set, will take place in [`Pool::admit`], before room is taken for a chunk. A place that is given up may
-//! be used again only when the last `Arc<Slab>` that readers took from the index before is gone.
+//! Eviction, when a limit is set, will take place in [`Pool::admit`], before room is taken for a chunk. A place that
+//! is given up may be used again only when the last `Arc<Slab>` that readers took from the index before is gone.
 
 mod admit;
 mod claims;
@@ -46,7 +48,8 @@ use shards::{Place, Shards, Trust};
 pub struct PoolOptions {
     /// Bytes that the pool may take. Not enforced yet.
     pub limit: Option<u64>,
-    /// Bytes of a new slab at least; pools of many GiB make larger ones, so that there are never more than some hundred files.
+    /// Bytes of a new slab at least; pools of many GiB make larger ones, so that there are never more than some
+    /// hundred files.
     pub slab_bytes: u64,
 }
 
@@ -94,7 +97,8 @@ pub struct Pool {
     shards: Shards,
     claims: Claims,
     writer: Mutex<Writer>,
-    /// `None` when it could be neither used nor made: chunks are kept nonetheless, and the next start finds them by the slabs' tables.
+    /// `None` when it could be neither used nor made: chunks are kept nonetheless, and the next start finds them by
+    /// the slabs' tables.
     journal: Option<Journal>,
     health: Health,
     quarantined: AtomicU64,
@@ -110,11 +114,11 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// Opens the pool in the directory `dir`, which is created when it does not exist. Whatever state its files are in, the
-    /// pool opens; what can't be used is reported and left out.
+    /// Opens the pool in the directory `dir`, which is created when it does not exist. Whatever state its files are
+    /// in, the pool opens; what can't be used is reported and left out.
     ///
-    /// # Errors
-    /// [`Error::Busy`] that names the process that has the pool open, or [`Error::Io`] for a directory that can't be made or read.
+    /// # Errors [`Error::Busy`] that names the process that has the pool open, or [`Error::Io`] for a directory that
+    /// can't be made or read.
     pub fn open(dir: &Path, options: &PoolOptions) -> Result<Self> {
         std::fs::create_dir_all(dir)
             .map_err(|error| Error::io(format!("creating the pool's directory {}", dir.display()), error))?;

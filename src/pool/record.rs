@@ -192,6 +192,8 @@ const fn table() -> [u32; 256] {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::indexing_slicing)]
+
     use super::*;
 
     const RECORD_OF_ABC: Record =

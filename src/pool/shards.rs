@@ -1,7 +1,7 @@
 //! The pool's index in memory: digest to place, in shards so that readers rarely meet.
 //!
-//! A chunk takes an [`Entry`] of 48 bytes in a vector that grows by an eighth, and a 5-byte slot in a hash table that is
-//! 7/16 to 7/8 full: 54 to 66 bytes. The entries are dense, so that an eviction hand can walk over them later.
+//! A chunk takes an [`Entry`] of 48 bytes in a vector that grows by an eighth, and a 5-byte slot in a hash table that
+//! is 7/16 to 7/8 full: 54 to 66 bytes. The entries are dense, so that an eviction hand can walk over them later.
 #![deny(clippy::indexing_slicing)]
 
 use std::collections::hash_map::RandomState;
@@ -268,7 +268,7 @@ impl Shards {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::indexing_slicing)]
 
     use super::*;
 

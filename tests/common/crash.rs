@@ -26,8 +26,8 @@ pub enum Survivors {
     None,
     /// All.
     All,
-    /// Some sectors, lengths and directory entries, in any order, chosen by the seed. Sectors of a file that grew but that were
-    /// not written show zeros or rubbish.
+    /// Some sectors, lengths and directory entries, in any order, chosen by the seed. Sectors of a file that grew but
+    /// that were not written show zeros or rubbish.
     Some(u64),
 }
 

@@ -82,8 +82,8 @@ impl PackWriter {
 }
 
 impl Generated {
-    /// An image of `blocks` device blocks with holes, chunks of all lengths, chunks that are used twice and in part, and
-    /// start-up extents.
+    /// An image of `blocks` device blocks with holes, chunks of all lengths, chunks that are used twice and in part,
+    /// and start-up extents.
     pub fn new(seed: u64, blocks: u32) -> Self {
         let mut random = Random(seed);
         let device_bytes = u64::from(blocks) * u64::from(BLOCK);
