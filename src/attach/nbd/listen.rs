@@ -1,0 +1,148 @@
+//! Where clients come from: a unix socket that only its owner may use, or TCP.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+use crate::error::{Error, Result};
+
+/// Bytes of kernel memory for replies on their way to a client. Large enough for the pieces of one large read, so that
+/// the server reads the next piece while the client takes the last one.
+const SEND_BUFFER: usize = 1 << 20;
+
+/// A bound socket. A unix socket's file is removed when this is dropped.
+#[derive(Debug)]
+pub struct NbdListener {
+    socket: Socket,
+    _file: Option<SocketFile>,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// A connected client.
+#[derive(Debug)]
+pub enum NbdStream {
+    /// Over a unix socket.
+    Unix(UnixStream),
+    /// Over TCP.
+    Tcp(TcpStream),
+}
+
+/// A socket's file, removed on drop if it is still the one that was bound.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl NbdListener {
+    /// Binds a unix socket that only the owner may connect to (mode 0600). A socket that a dead server left is replaced.
+    /// Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when another server answers at `path`, [`Error::Invalid`] when something else is there or the
+    /// path is too long for a socket, or what the system says.
+    pub fn unix(path: &Path) -> Result<Self> {
+        let failed = |source: io::Error| Error::io(format!("listen on {}", path.display()), source);
+        let address = SocketAddrUnix::new(path)
+            .map_err(|_| Error::invalid("socket path", format!("{} is longer than 107 bytes", path.display())))?;
+        remove_if_dead(path)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            .map_err(|errno| failed(errno.into()))?;
+        // The file gets the mode that the socket has at bind (unix_bind() in net/unix/af_unix.c): there is no moment at
+        // which others may connect.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|errno| failed(errno.into()))?;
+        rustix::net::bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
+        let found = std::fs::symlink_metadata(path).map_err(failed)?;
+        let file = SocketFile { path: path.to_owned(), identity: (found.dev(), found.ino()) };
+        rustix::net::listen(&socket, 128).map_err(|errno| failed(errno.into()))?;
+        let listener = UnixListener::from_std(socket.into()).map_err(failed)?;
+        Ok(Self { socket: Socket::Unix(listener), _file: Some(file) })
+    }
+
+    /// Binds a TCP socket. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn tcp(address: SocketAddr) -> Result<Self> {
+        let failed = |source: io::Error| Error::io(format!("listen on {address}"), source);
+        let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { socket: Socket::Tcp(TcpListener::from_std(listener).map_err(failed)?), _file: None })
+    }
+
+    /// The TCP address, with the port that the system chose for port 0; `None` for a unix socket.
+    #[must_use]
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.local_addr().ok(),
+            Socket::Unix(_) => None,
+        }
+    }
+
+    /// Waits for a client.
+    pub(super) async fn accept(&self) -> io::Result<NbdStream> {
+        Ok(match &self.socket {
+            Socket::Unix(listener) => NbdStream::Unix(listener.accept().await?.0),
+            Socket::Tcp(listener) => NbdStream::Tcp(listener.accept().await?.0),
+        })
+    }
+}
+
+impl NbdStream {
+    /// Sets what makes replies leave fast. None of it is needed for right answers, so that a refusal is no error.
+    pub(super) fn tune(&self) {
+        match self {
+            Self::Unix(stream) => enlarge(stream),
+            Self::Tcp(stream) => {
+                let _ = stream.set_nodelay(true);
+                enlarge(stream);
+            }
+        }
+    }
+}
+
+/// Past the system's limit where allowed (root), else up to it.
+fn enlarge(socket: &impl std::os::fd::AsFd) {
+    use rustix::net::sockopt;
+    if sockopt::set_socket_send_buffer_size_force(socket, SEND_BUFFER).is_err() {
+        let _ = sockopt::set_socket_send_buffer_size(socket, SEND_BUFFER);
+    }
+}
+
+/// Removes a socket at `path` that nobody listens on.
+fn remove_if_dead(path: &Path) -> Result<()> {
+    let failed = |source: io::Error| Error::io(format!("look at {}", path.display()), source);
+    let found = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found.map_err(failed)?,
+    };
+    if !found.file_type().is_socket() {
+        return Err(Error::invalid("socket path", format!("{} exists and is not a socket", path.display())));
+    }
+    match StdUnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(error)),
+        Ok(_) => Err(Error::Busy(format!("another server listens on {}", path.display()))),
+    }
+}

@@ -1,0 +1,170 @@
+//! The NBD server: exports devices to QEMU, libnbd, nbd-client and the kernel, read-only.
+//!
+//! [`proto`] is the wire format without I/O, `negotiate` the handshake, `serve` the transmission. A connection is one
+//! task: hits are read straight into its reply buffer and leave in batches; misses are tasks whose replies that
+//! connection sends as they finish.
+//!
+//! # What a client can cost
+//!
+//! Whatever it sends, at most per connection: 16 KiB of requests, 64 KiB of one option, [`serve::OUTPUT`] bytes of
+//! replies, [`serve::MISSES_MAX`] misses of together [`serve::MISS_BYTES_MAX`] bytes, and 2 MiB of socket buffer in the
+//! kernel. [`NbdOptions::connections`] bounds the connections, [`NbdOptions::handshake`] the time without an export. A
+//! client that reads slowly stops its own connection only.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::JoinSet;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+
+mod listen;
+mod negotiate;
+pub mod proto;
+pub mod serve;
+mod status;
+
+pub use listen::{NbdListener, NbdStream};
+
+/// Smallest request in bytes.
+pub const BLOCK_MIN: u32 = 1;
+/// Request size in bytes below which a client pays more than it need.
+pub const BLOCK_PREFERRED: u32 = 4096;
+
+/// A device under a name.
+pub struct Export {
+    /// What clients ask for; at most [`proto::NAME_MAX`] bytes.
+    pub name: String,
+    /// For people, in lists.
+    pub description: String,
+    /// What is served.
+    pub device: Arc<dyn Device>,
+}
+
+impl std::fmt::Debug for Export {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Export").field("name", &self.name).field("size", &self.device.size()).finish_non_exhaustive()
+    }
+}
+
+/// The exports of a server. The first one added also answers to the empty name, the protocol's default export.
+#[derive(Clone, Debug, Default)]
+pub struct Exports {
+    first: Option<Arc<Export>>,
+    by_name: BTreeMap<String, Arc<Export>>,
+}
+
+impl Exports {
+    /// No exports.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds an export, in place of one with the same name.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a name or a description longer than [`proto::NAME_MAX`].
+    pub fn add(&mut self, export: Export) -> Result<()> {
+        if export.name.len() > proto::NAME_MAX || export.description.len() > proto::NAME_MAX {
+            return Err(Error::invalid("export", format!("name or description exceeds {} bytes", proto::NAME_MAX)));
+        }
+        let export = Arc::new(export);
+        if self.first.as_ref().is_none_or(|first| first.name == export.name) {
+            self.first = Some(Arc::clone(&export));
+        }
+        self.by_name.insert(export.name.clone(), export);
+        Ok(())
+    }
+
+    fn get(&self, name: &str) -> Option<Arc<Export>> {
+        self.by_name.get(name).or_else(|| self.first.as_ref().filter(|_| name.is_empty())).cloned()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Arc<Export>> {
+        self.by_name.values()
+    }
+}
+
+/// What a server allows.
+#[derive(Clone, Copy, Debug)]
+pub struct NbdOptions {
+    /// Connections at a time; further ones are closed at once.
+    pub connections: usize,
+    /// Time from connecting to the choice of an export.
+    pub handshake: Duration,
+}
+
+impl Default for NbdOptions {
+    fn default() -> Self {
+        Self { connections: 64, handshake: Duration::from_secs(10) }
+    }
+}
+
+/// Serves `exports` to everybody who connects, until `stop` completes; then all connections are closed and a unix
+/// socket's file is removed.
+///
+/// # Errors
+/// [`Error::Invalid`] when there are no exports.
+pub async fn serve(
+    listener: NbdListener,
+    exports: Exports,
+    options: NbdOptions,
+    stop: impl Future<Output = ()>,
+) -> Result<()> {
+    if exports.first.is_none() {
+        return Err(Error::invalid("exports", "there are none"));
+    }
+    let exports = Arc::new(exports);
+    let mut connections = JoinSet::new();
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok(stream) if connections.len() < options.connections => {
+                    stream.tune();
+                    connections.spawn(connection(stream, Arc::clone(&exports), options.handshake));
+                }
+                Ok(_) => tracing::warn!("nbd: {} connections are open, one more was refused", connections.len()),
+                Err(error) => {
+                    tracing::warn!("nbd: accept: {error}");
+                    // Out of descriptors, most likely: others have to leave first.
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+    drop(listener);
+    connections.shutdown().await;
+    Ok(())
+}
+
+async fn connection(stream: NbdStream, exports: Arc<Exports>, handshake: Duration) {
+    let ended = match stream {
+        NbdStream::Unix(stream) => talk(stream, &exports, handshake).await,
+        NbdStream::Tcp(stream) => talk(stream, &exports, handshake).await,
+    };
+    if let Err(error) = ended {
+        tracing::debug!("nbd: connection ended: {error}");
+    }
+}
+
+/// Serves one client from the first byte to the last.
+async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    exports: &Exports,
+    handshake: Duration,
+) -> io::Result<()> {
+    let negotiated = tokio::time::timeout(handshake, negotiate::negotiate(&mut stream, exports)).await;
+    match negotiated.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no export was chosen in time"))?? {
+        Some(session) => serve::transmit(stream, session).await,
+        None => Ok(()),
+    }
+}
