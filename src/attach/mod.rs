@@ -4,5 +4,8 @@
 //! that can't answer to [`Device::read_at`](crate::device::Device::read_at) in a task of its own, so that a hit never
 //! waits for a miss.
 
+pub mod holders;
+#[cfg(feature = "loop")]
+pub mod loop_device;
 #[cfg(feature = "nbd")]
 pub mod nbd;
