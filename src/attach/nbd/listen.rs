@@ -12,9 +12,9 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use crate::error::{Error, Result};
 
-/// Bytes of kernel memory for replies on their way to a client. Large enough for the pieces of one large read, so that
-/// the server reads the next piece while the client takes the last one.
-const SEND_BUFFER: usize = 1 << 20;
+/// Bytes of kernel memory for replies on their way to a client (the kernel doubles it): one piece of a large read, so
+/// that the next is read while the client takes the last one. More is slower, since it no longer stays in a core's cache.
+const SEND_BUFFER: usize = 256 << 10;
 
 /// A bound socket. A unix socket's file is removed when this is dropped.
 #[derive(Debug)]

@@ -7,8 +7,8 @@
 //! # What a client can cost
 //!
 //! Whatever it sends, at most per connection: 16 KiB of requests, 64 KiB of one option, [`serve::OUTPUT`] bytes of
-//! replies, [`serve::MISSES_MAX`] misses of together [`serve::MISS_BYTES_MAX`] bytes, and 2 MiB of socket buffer in the
-//! kernel. [`NbdOptions::connections`] bounds the connections, [`NbdOptions::handshake`] the time without an export. A
+//! replies, [`serve::MISSES_MAX`] misses of together [`serve::MISS_BYTES_MAX`] bytes, and 512 KiB of socket buffer in
+//! the kernel. [`NbdOptions::connections`] bounds the connections, [`NbdOptions::handshake`] the time without an export. A
 //! client that reads slowly stops its own connection only.
 
 use std::collections::BTreeMap;
