@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use file_device::{BLOCK, FileDevice, write_reference};
 use firstread::attach::loop_device::{LoopAttachment, LoopIo, LoopOptions, attach, stale};
@@ -182,7 +182,9 @@ fn a_detach_in_use_names_who_holds_the_device_and_a_later_one_succeeds() {
     let point = dir.path().join("mount point");
     fs::create_dir(&point).unwrap();
     let mounted = Mounted::new(&node, &point);
+    let start = Instant::now();
     let Err(Error::Busy(text)) = attachment.detach() else { panic!("detached while mounted") };
+    assert!(start.elapsed() < Duration::from_secs(1), "a mount does not go away by waiting");
     assert!(text.contains(&format!("mounted on {}", point.display())), "{text}");
     // Still whole.
     assert!(fs::read(point.join("a/small")).unwrap().len() == 100);

@@ -246,6 +246,30 @@ assert time.time() - start < 3, "misses wait for each other"
 }
 
 #[test]
+fn tls_is_declined_and_requests_before_a_disconnect_are_answered() {
+    let (_dir, device, server) = setup();
+    device.make_remote(0..BLOCK);
+    device.delay_misses(Duration::from_millis(100));
+    let script = r#"
+h.set_tls(nbd.TLS_ALLOW)
+h.connect_uri(uri)
+assert not h.get_tls_negotiated()
+h.set_strict_mode(0)
+buf = nbd.Buffer(4096)
+seen = []
+h.aio_pread(buf, 0, lambda err: seen.append(err.value) or 1)
+h.shutdown()
+assert seen == [0], seen
+strict = nbd.NBD()
+strict.set_tls(nbd.TLS_REQUIRE)
+try: strict.connect_uri(uri.replace("nbd+unix", "nbds+unix"))
+except nbd.Error: pass
+else: raise Exception("connected")
+"#;
+    libnbd(&server, script);
+}
+
+#[test]
 fn misses_in_flight_are_bounded() {
     let (_dir, device, server) = setup();
     device.make_remote(0..BLOCKS * BLOCK);

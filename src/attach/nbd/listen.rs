@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -116,6 +117,7 @@ impl NbdStream {
             Self::Tcp(stream) => {
                 let _ = stream.set_nodelay(true);
                 enlarge(stream);
+                keep_alive(stream);
             }
         }
     }
@@ -127,6 +129,16 @@ fn enlarge(socket: &impl std::os::fd::AsFd) {
     if sockopt::set_socket_send_buffer_size_force(socket, SEND_BUFFER).is_err() {
         let _ = sockopt::set_socket_send_buffer_size(socket, SEND_BUFFER);
     }
+}
+
+/// Finds out within about two minutes that an idle client's machine is gone, so that it does not take a connection's
+/// place for ever.
+fn keep_alive(socket: &impl std::os::fd::AsFd) {
+    use rustix::net::sockopt;
+    let _ = sockopt::set_socket_keepalive(socket, true);
+    let _ = sockopt::set_tcp_keepidle(socket, Duration::from_secs(60));
+    let _ = sockopt::set_tcp_keepintvl(socket, Duration::from_secs(15));
+    let _ = sockopt::set_tcp_keepcnt(socket, 4);
 }
 
 /// Removes a socket at `path` that nobody listens on.

@@ -45,7 +45,7 @@ pub(super) async fn transmit<S: AsyncRead + AsyncWrite + Unpin>(stream: S, sessi
     loop {
         while let Some(request) = connection.next_request()? {
             if request.command == Command::Disconnect {
-                return connection.flush().await;
+                return connection.answer_outstanding().await;
             }
             connection.answer(&request).await?;
             if connection.filled - connection.start >= BATCH {
@@ -117,6 +117,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             misses: JoinSet::new(),
             miss_bytes: 0,
         }
+    }
+
+    /// Ends in order: "the server MUST handle all outstanding requests" before it closes the connection.
+    async fn answer_outstanding(&mut self) -> io::Result<()> {
+        self.flush().await?;
+        while let Some(finished) = self.misses.join_next().await {
+            self.finish(finished?).await?;
+        }
+        self.flush().await
     }
 
     /// Takes a complete request from the input buffer.
