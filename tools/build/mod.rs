@@ -37,12 +37,13 @@ use std::time::Instant;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
+use self::arrange::{Arranged, DataRun};
 use self::assemble::{Assembled, Parts};
 use self::decode::{Expected, Layer};
 use self::input::{Input, Root};
 use self::intake::Intake;
-use self::metadata::Windows;
-use self::pipeline::{Pipeline, Settings};
+use self::metadata::{MetadataExtent, Windows};
+use self::pipeline::{Pipeline, Settings, Store};
 use self::rootfs::{Rootfs, Whiteouts};
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
@@ -191,6 +192,47 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
     Ok(report)
 }
 
+/// Flattens layers that are in memory, plans a file system for the result, and throws it away: for fuzzing.
+///
+/// # Errors
+/// What is wrong with the layers.
+pub fn flatten(layers: Vec<Vec<u8>>, limits: &Limits) -> Result<u32> {
+    let progress: Arc<dyn Progress> = Arc::new(Silent);
+    let temp = std::env::temp_dir();
+    let settings =
+        Settings { level: 1, workers: 1, temp: &temp, reusable: pipeline::Reusable::new(), progress: progress.clone() };
+    let mut intake = Intake::new(Pipeline::start(settings)?, &temp)?;
+    let mut rootfs = Rootfs::new(limits);
+    let (expected, mut left) = (Expected::default(), limits.plain_bytes);
+    for layer in layers {
+        rootfs.next_layer();
+        let stream = Layer::open(Box::new(std::io::Cursor::new(layer)), &expected, left, progress.clone())?;
+        left = layer::apply(stream, &mut rootfs, &mut intake, Whiteouts::Apply)?.finish(&expected)?;
+    }
+    let (_, plan) = plan(arrange::arrange(rootfs, intake)?, None)?;
+    Ok(plan.inodes())
+}
+
+/// Plans the file system and turns its metadata into chunks.
+fn plan(arranged: Arranged, size: Option<u64>) -> Result<(Ready, ext4::Plan)> {
+    let Arranged { tree, data_order, runs, seed, mut pipeline } = arranged;
+    let options = ext4::Options { seed, size, data_order, ..ext4::Options::default() };
+    let plan = ext4::plan(&tree, &options)?;
+    let mut windows = Windows::new(&mut pipeline);
+    plan.write_metadata(&tree, &mut |block, bytes| windows.write(block, bytes))?;
+    let metadata = windows.finish()?;
+    // The tree is large, and its place is needed from here on.
+    drop(tree);
+    Ok((Ready { metadata, runs, store: pipeline.finish()? }, plan))
+}
+
+/// Everything that goes into packs.
+struct Ready {
+    metadata: Vec<MetadataExtent>,
+    runs: Vec<DataRun>,
+    store: Store,
+}
+
 /// One platform: from its layers to packs and an index.
 fn convert(
     request: &Request,
@@ -209,19 +251,12 @@ fn convert(
     let mut intake = Intake::new(pipeline, &request.temp)?;
     let mut rootfs = Rootfs::new(&request.limits);
     read(request, input, &mut rootfs, &mut intake, progress, runtime)?;
-    let arrange::Arranged { tree, data_order, runs, seed, mut pipeline } = arrange::arrange(rootfs, intake)?;
-    let options = ext4::Options { seed, size: request.size, data_order, ..ext4::Options::default() };
-    let plan = ext4::plan(&tree, &options)?;
-    let mut windows = Windows::new(&mut pipeline);
-    plan.write_metadata(&tree, &mut |block, bytes| windows.write(block, bytes))?;
-    let metadata = windows.finish()?;
-    drop(tree);
-    let store = pipeline.finish()?;
+    let (ready, plan) = plan(arrange::arrange(rootfs, intake)?, request.size)?;
     let parts = Parts {
         plan: &plan,
-        metadata: &metadata,
-        runs: &runs,
-        store: &store,
+        metadata: &ready.metadata,
+        runs: &ready.runs,
+        store: &ready.store,
         earlier,
         level: request.level,
         workers: request.workers,

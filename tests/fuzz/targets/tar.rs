@@ -1,0 +1,28 @@
+//! A hostile stack of layers through the flattener and the file system's planner: an error or a result, soon.
+#![no_main]
+
+use firstread::build::{Limits, flatten};
+use libfuzzer_sys::fuzz_target;
+
+// The input is cut into up to four layers at the first bytes, so that whiteouts and links across layers are reached.
+fuzz_target!(|input: &[u8]| {
+    let Some((cuts, mut rest)) = input.split_at_checked(3) else { return };
+    let mut layers = Vec::new();
+    for cut in cuts {
+        let (layer, later) = rest.split_at(rest.len() * usize::from(*cut) / 256);
+        layers.push(layer.to_vec());
+        rest = later;
+    }
+    layers.push(rest.to_vec());
+    let limits = Limits {
+        plain_bytes: 16 << 20,
+        file_bytes: 64 << 20,
+        entries: 1000,
+        name_bytes: 1 << 20,
+        header_bytes: 64 << 10,
+        segments: 100,
+        depth: 50,
+        layers: 4,
+    };
+    let _ = flatten(layers, &limits);
+});
