@@ -7,12 +7,13 @@ mod ext4;
 #[path = "common/nodes.rs"]
 mod nodes;
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use ext4::{Checked, Data, Mount, build, check, check_data, dir, file, fsck, inode, put};
-use firstread::ext4::{Kind, Options, Segment, Tree, plan};
+use ext4::{Checked, Data, Mount, assemble, build, check, check_by_kernel, check_data, dir, file, fsck, inode, put};
+use firstread::ext4::{Kind, Options, Segment, Tree, name_hash, plan};
 
 /// Fills a directory, deletes from it, and expects `e2fsck` to find nothing afterwards.
 fn write_and_delete(checked: &Checked, big_file: u64) {
@@ -74,6 +75,12 @@ fn growth_is_stored_nowhere() {
     doomed(&mut tree, 100);
     let plan_of = |size| plan(&tree, &Options { size, ..Options::default() }).unwrap();
     let (small, large) = (plan_of(None), plan_of(Some(64 << 30)));
+    // Nothing is left for the kernel to initialise.
+    let checked = build(&tree, &Options { size: Some(64 << 30), ..Options::default() }, Data::LeftOut);
+    let dump = Command::new("dumpe2fs").arg(&checked.image).output().unwrap();
+    let text = String::from_utf8_lossy(&dump.stdout);
+    assert_eq!(text.matches("ITABLE_ZEROED").count(), 512);
+    assert_eq!(text.matches("BLOCK_UNINIT").count(), 510);
     // 512 descriptors of 32 bytes, a second block bitmap, one more group's table.
     assert!(large.metadata_blocks() - small.metadata_blocks() < 4 + 2 + 512, "{}", large.metadata_blocks());
     let error = plan(&tree, &Options { size: Some(1 << 20), ..Options::default() }).expect_err("too small").to_string();
@@ -133,20 +140,85 @@ fn a_directory_of_100_000_names() {
     write_and_delete(&checked, 1);
 }
 
-/// Extents of 128 MiB: more than 4 need a level, more than 4 × 340 need two, more than 4 × 340 × 340 three.
-fn large(size: u64) -> Tree {
+#[test]
+#[ignore = "takes half a minute"]
+fn a_directory_of_a_million_names() {
     let mut tree = Tree::new(dir());
     let root = tree.root();
-    put(&mut tree, root, "large", file(size));
-    put(&mut tree, root, "small", file(100));
-    tree
+    let names = put(&mut tree, root, "names", dir());
+    for number in 0..1_000_000 {
+        put(&mut tree, names, format!("name-{number}"), file(number & 1));
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    assemble(&tree, &plan(&tree, &Options::default()).unwrap(), &image, Data::LeftOut);
+    fsck(&image);
 }
 
+/// Extents of 128 MiB: more than 4 need a level, more than 4 × 340 need two.
 #[test]
 fn large_files() {
     for size in [512 << 20, (512 << 20) + 1, (42 << 30) + (1 << 29), 43 << 30, 200 << 30, 3 << 40] {
-        check_data(&large(size), &Options::default(), Data::LeftOut);
+        let mut tree = Tree::new(dir());
+        let root = tree.root();
+        let large = put(&mut tree, root, "large", file(size));
+        put(&mut tree, root, "small", file(100));
+        let checked = check_data(&tree, &Options::default(), Data::LeftOut);
+
+        // A mark here and there must come out where it was put in.
+        let start = u64::from(checked.plan.data_start(large).unwrap()) * 4096;
+        let image = File::options().write(true).open(&checked.image).unwrap();
+        let marks: Vec<u64> = (0..50).map(|mark| (size - 8) / 50 * mark / 4096 * 4096).chain([size - 8]).collect();
+        for mark in &marks {
+            image.write_all_at(&(mark + 1).to_le_bytes(), start + mark).unwrap();
+        }
+        let mount = Mount::new(&checked.image, &checked.directory.path().join("marks"), "ro,noload");
+        let file = File::open(mount.dir().join("large")).unwrap();
+        for mark in marks {
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, mark).unwrap();
+            assert_eq!(u64::from_le_bytes(bytes), mark + 1, "at {mark} of {size}");
+        }
     }
+}
+
+#[test]
+fn equal_hashes_on_both_sides_of_a_border() {
+    // Any two names of one hash, found among many.
+    let seed = [7; 32];
+    let superblock = {
+        let mut block = Vec::new();
+        let tree = Tree::new(dir());
+        let plan = plan(&tree, &Options { seed, ..Options::default() }).unwrap();
+        plan.write_metadata(&tree, &mut |number, bytes| {
+            if number == 0 {
+                block = bytes[1024..2048].to_vec();
+            }
+            Ok(())
+        })
+        .unwrap();
+        block
+    };
+    let word = |at: usize| u32::from_le_bytes(superblock[at..at + 4].try_into().unwrap());
+    let hash_seed = [word(0xec), word(0xf0), word(0xf4), word(0xf8)];
+    let name = |number: u32| format!("{number:08}");
+    let mut hashes: Vec<(u32, u32)> =
+        (0..400_000).map(|number| (name_hash(name(number).as_bytes(), &hash_seed).0, number)).collect();
+    hashes.sort_unstable();
+    let mut tested = 0;
+    for at in (1..hashes.len()).filter(|at| hashes[at - 1].0 == hashes[*at].0 && *at > 1000).take(3) {
+        let mut tree = Tree::new(dir());
+        let root = tree.root();
+        let names = put(&mut tree, root, "names", dir());
+        // Entries of 16 bytes, 255 of them in a leaf: the first of the two is the last in its leaf.
+        for (_, number) in hashes[at - 255..at + 255].iter().chain(hashes.iter().rev().take(20)) {
+            put(&mut tree, names, name(*number), file(0));
+        }
+        // The independent reader does not look in the second leaf.
+        check_by_kernel(&tree, &Options { seed, ..Options::default() }, Data::Written);
+        tested += 1;
+    }
+    assert_eq!(tested, 3);
 }
 
 #[test]

@@ -161,16 +161,11 @@ fn links_up_to_the_limit() {
 fn more_directories_than_links_can_count() {
     let mut tree = Tree::new(dir());
     let root = tree.root();
-    let exact = put(&mut tree, root, "exact", dir());
     let above = put(&mut tree, root, "above", dir());
-    for number in 0..64_998 {
-        put(&mut tree, exact, format!("{number}"), dir());
-    }
     for number in 0..64_999 {
         put(&mut tree, above, format!("{number}"), dir());
     }
     let checked = check(&tree, &Options::default());
-    assert_eq!(checked.expected[&b"exact"[..]].links, 65_000);
     assert_eq!(checked.expected[&b"above"[..]].links, 1);
 }
 
@@ -183,6 +178,7 @@ fn extended_attributes() {
     put(&mut tree, root, "capability", set(&[(b"security.capability", &capability)]));
     put(&mut tree, root, "empty", set(&[(b"user.empty", b"")]));
     put(&mut tree, root, "binary", set(&[(b"user.\xff\xfe\x80name", b"\0\xff\x01")]));
+    put(&mut tree, root, "binary-in-block", set(&[(b"user.\xff\xfe\x80name", &[0xee; 301])]));
     put(&mut tree, root, "one-byte", set(&[(b"user.x", b"1"), (b"trusted.x", b"2"), (b"security.x", b"3")]));
     // Entries in a block are sorted by prefix, length and name; any other order hides some of them.
     let names: Vec<String> = (0..60).map(|number| format!("user.{}{number}", "z".repeat(59 - number))).collect();

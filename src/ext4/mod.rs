@@ -32,6 +32,7 @@ mod xattr;
 
 pub mod plan;
 
+pub use hash::name_hash;
 pub use layout::BLOCK_SIZE;
 pub use plan::{Options, Plan, plan};
 pub use tree::{Inode, InodeId, Kind, Segment, Time, Tree, Xattr};
