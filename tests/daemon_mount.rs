@@ -22,6 +22,16 @@ fn has_keys(value: &Value, expected: &[&str]) {
     }
 }
 
+/// The status once everything that was fetched is in the pool: readers do not wait for that.
+fn settled(node: &Node, id: &str) -> Value {
+    let mut status = Value::Null;
+    wait_until("what was fetched is in the pool", || {
+        status = node.json(&["status", id]);
+        status["chunks"]["fetched"] == status["chunks"]["local"]
+    });
+    status
+}
+
 #[test]
 fn a_mounted_image_has_the_files_and_the_numbers_and_leaves_nothing() {
     let node = Node::new();
@@ -38,7 +48,7 @@ fn a_mounted_image_has_the_files_and_the_numbers_and_leaves_nothing() {
     assert_eq!(node.json(&["list"]).as_array().unwrap().len(), 1);
 
     same_files(&image.tree, &dir);
-    let status = node.json(&["status", "app-1"]);
+    let status = settled(&node, "app-1");
     has_keys(
         &status,
         &[
@@ -87,6 +97,7 @@ fn what_is_in_the_pool_is_read_without_a_request() {
     let mount = ["mount", &image.reference(), dir.to_str().unwrap()];
     node.done(&mount);
     same_files(&image.tree, &dir);
+    settled(&node, "app-1");
     node.done(&["umount", dir.to_str().unwrap()]);
     fs::remove_file(&image.pack).unwrap();
 
@@ -116,6 +127,7 @@ fn devices_of_one_image_share_what_is_fetched() {
             scope.spawn(|| same_files(&image.tree, dir));
         }
     });
+    settled(&node, "app-1");
     let all = node.json(&["status"]);
     assert_eq!(all[0]["id"], "app-1");
     assert_eq!(all[1]["id"], "app-2");

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -27,6 +28,9 @@ const WORKERS: usize = 2;
 
 /// Threads for work that blocks: decoding, hashing, admitting, loop devices.
 const BLOCKING: usize = 8;
+
+/// How long the daemon's end waits for work that blocks.
+const LAST_WORK: Duration = Duration::from_secs(2);
 
 /// Who waits for the daemon to be ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +67,7 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     let records = Records::open(&config.root.join("devices"))?;
     let remembered = remembered(&records)?;
     let lost = still_lost(&records, remembered)?;
-    enter_private_mount_namespace(&[&config.root, &config.run])?;
+    own_mount_namespace(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING)
@@ -85,8 +89,8 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
         node.close().await;
         Ok::<(), Problem>(())
     })?;
-    // Requests that nobody waits for any more are not waited for either.
-    runtime.shutdown_background();
+    // What is being admitted to the pool just now gets there; a source that does not answer is not waited for.
+    runtime.shutdown_timeout(LAST_WORK);
     // The lock is still held: the socket is this daemon's.
     if let Err(error) = std::fs::remove_file(run_dir.path().join(SOCKET)) {
         tracing::warn!("removing the control socket: {error}");
@@ -95,6 +99,17 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     // The directory is free when the process is gone, and the pool with it.
     std::mem::forget(run_dir);
     Ok(())
+}
+
+/// Enters a mount namespace of its own. Who may not can't attach devices either, and serves exports.
+fn own_mount_namespace(config: &Config) -> Result<()> {
+    match enter_private_mount_namespace(&[&config.root, &config.run]) {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
+            tracing::info!("no privileges: exports only");
+            Ok(())
+        }
+        outcome => outcome,
+    }
 }
 
 /// The devices of an earlier daemon on this start of the machine; records of an earlier start are dropped.
