@@ -40,7 +40,7 @@ pub(super) fn check_media_type(media_type: &str) -> Result<()> {
 type Input = BufReader<Chain<Cursor<Vec<u8>>, Counted>>;
 
 enum Decoder {
-    Plain(Input),
+    Plain(Box<Input>),
     Gzip(Box<MultiGzDecoder<Input>>),
     Zstd(Box<zstd::stream::read::Decoder<'static, Input>>),
 }
@@ -73,7 +73,7 @@ impl Layer {
             )),
             [0xfd, b'7', b'z', b'X', b'Z', 0] => return Err(Error::Unsupported("xz compression".into())),
             [b'B', b'Z', b'h', ..] => return Err(Error::Unsupported("bzip2 compression".into())),
-            _ => Decoder::Plain(input),
+            _ => Decoder::Plain(Box::new(input)),
         };
         Ok(Self { decoder, plain: expected.diff_id.map(|_| Hasher::new()), left: limit, limit })
     }
@@ -82,7 +82,7 @@ impl Layer {
     pub(super) fn finish(mut self, expected: &Expected) -> Result<u64> {
         io::copy(&mut self, &mut io::sink()).map_err(|error| Error::io("reading", error))?;
         let mut input = match self.decoder {
-            Decoder::Plain(input) => input,
+            Decoder::Plain(input) => *input,
             Decoder::Gzip(decoder) => decoder.into_inner(),
             Decoder::Zstd(decoder) => decoder.finish(),
         };

@@ -89,18 +89,18 @@ fn content<R: Read>(entry: &Entry, archive: &mut Archive<R>, intake: &mut Intake
 /// As containerd does: the link is made, and what the entry says of owner, mode and time is set on the shared inode.
 fn hard_link(link: &[u8], meta: Meta, parent: u32, name: &[u8], rootfs: &mut Rootfs) -> Result<()> {
     let missing = || Error::invalid("hard link", format!("its target {} is not there", show(link)));
-    let (target_parent, target_name, node) = rootfs.link_target(link)?.ok_or_else(missing)?;
-    let target = rootfs.node_mut(node)?;
+    let found = rootfs.link_target(link)?.ok_or_else(missing)?;
+    let target = rootfs.node_mut(found.node)?;
     if matches!(target.kind, Kind::Directory(_)) {
         return Err(Error::invalid("hard link", format!("its target {} is a directory", show(link))));
     }
     let xattrs = if meta.xattrs.is_empty() { std::mem::take(&mut target.meta.xattrs) } else { meta.xattrs };
     target.meta = Meta { xattrs, ..meta };
-    if (target_parent, &*target_name) == (parent, name) {
+    if (found.parent, &*found.name) == (parent, name) {
         // GNU tar writes a file that it was given twice as a link to itself.
         return Ok(());
     }
-    rootfs.link(parent, name, node)
+    rootfs.link(parent, name, found.node)
 }
 
 pub(super) fn target(link: &[u8]) -> Result<Box<[u8]>> {

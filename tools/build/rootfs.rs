@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use super::limits::{Limits, Spent};
 use super::tar::show;
 use crate::error::{Error, Result};
-use crate::ext4::{Segment, Time};
+use crate::ext4::{Segment, Time, Xattr};
 
 pub(super) use self::path::clean;
 
@@ -32,7 +32,7 @@ pub(super) struct Meta {
     pub uid: u32,
     pub gid: u32,
     pub mtime: Time,
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub xattrs: Vec<Xattr>,
 }
 
 /// Where a file's content went while its layer streamed by.
@@ -85,6 +85,14 @@ impl Kind {
 pub(super) struct Node {
     pub meta: Meta,
     pub kind: Kind,
+}
+
+/// What a hard link's target leads to.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub parent: NodeId,
+    pub name: Box<[u8]>,
+    pub node: NodeId,
 }
 
 /// A whiteout or the mark of an opaque directory.
@@ -245,12 +253,12 @@ impl Rootfs {
     /// Puts a node at a place. A directory over a directory keeps what is in it; anything else replaces.
     pub(super) fn put(&mut self, parent: NodeId, name: &[u8], meta: Meta, kind: Kind) -> Result<NodeId> {
         let existing = self.names(parent).and_then(|names| names.get(name)).copied();
-        if let (Some(existing), Kind::Directory(_)) = (existing, &kind) {
-            if self.names(existing.node).is_some() {
-                self.node_mut(existing.node)?.meta = meta;
-                self.link(parent, name, existing.node)?;
-                return Ok(existing.node);
-            }
+        if let (Some(existing), Kind::Directory(_)) = (existing, &kind)
+            && self.names(existing.node).is_some()
+        {
+            self.node_mut(existing.node)?.meta = meta;
+            self.link(parent, name, existing.node)?;
+            return Ok(existing.node);
         }
         let id = u32::try_from(self.nodes.len()).map_err(|_| Error::invalid("file system", "too many files"))?;
         self.nodes.push(Node { meta, kind });
@@ -270,12 +278,12 @@ impl Rootfs {
     }
 
     /// The node that a hard link's target names: its parents are followed, itself not.
-    pub(super) fn link_target(&self, path: &[u8]) -> Result<Option<(NodeId, Box<[u8]>, NodeId)>> {
+    pub(super) fn link_target(&self, path: &[u8]) -> Result<Option<Target>> {
         let components = clean(path);
         let Some((name, parents)) = components.split_last() else { return Ok(None) };
         let Some(parent) = self.find(parents)? else { return Ok(None) };
         let target = self.names(parent).and_then(|names| names.get(*name));
-        Ok(target.map(|target| (parent, (*name).into(), target.node)))
+        Ok(target.map(|target| Target { parent, name: (*name).into(), node: target.node }))
     }
 }
 

@@ -19,7 +19,7 @@ use super::progress::{Event, Progress};
 use super::rootfs::{Kind, Meta, NodeId, ROOT, Rootfs};
 use super::tar::show;
 use crate::error::{Error, Result};
-use crate::ext4::Time;
+use crate::ext4::{Time, Xattr};
 
 /// Largest list of attribute names, and largest value, that Linux has (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const XATTR_MAX: usize = 64 << 10;
@@ -166,7 +166,7 @@ impl Xattrs {
     }
 
     /// The attributes of a file, not followed if it is a link, in the order of their names.
-    fn read(&mut self, path: &Path) -> Result<Vec<(Box<[u8]>, Box<[u8]>)>> {
+    fn read(&mut self, path: &Path) -> Result<Vec<Xattr>> {
         use rustix::io::Errno;
         let io = |error: Errno| Error::io("reading the extended attributes", error.into());
         let len = match rustix::fs::llistxattr(path, self.list.as_mut_slice()) {

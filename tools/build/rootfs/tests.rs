@@ -49,8 +49,8 @@ fn missing_parents_are_made() {
     let mut rootfs = rootfs();
     add(&mut rootfs, "a/b/c", file());
     assert_eq!(paths(&rootfs), ["a/", "a/b/", "a/b/c"]);
-    let (_, _, a) = rootfs.link_target(b"a").unwrap().unwrap();
-    assert_eq!(rootfs.node(a).unwrap().meta.mode, 0o755);
+    let a = rootfs.link_target(b"a").unwrap().unwrap();
+    assert_eq!(rootfs.node(a.node).unwrap().meta.mode, 0o755);
 }
 
 #[test]

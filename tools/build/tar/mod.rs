@@ -14,7 +14,7 @@ use self::header::{BLOCK, Raw};
 use self::pax::Pax;
 use super::limits::Limits;
 use crate::error::{Error, Result};
-use crate::ext4::Time;
+use crate::ext4::{Time, Xattr};
 
 /// What an entry is. Numbers of devices are not yet checked against what a file system can hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub(super) struct Entry {
     pub size: u64,
     /// Where the data of a file goes: offset and length, ascending, within `size`. The archive has nothing but these.
     pub segments: Vec<(u64, u64)>,
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub xattrs: Vec<Xattr>,
 }
 
 /// A tar as a stream of entries. Reads the data of the current entry; what is left unread is skipped by `next_entry`.

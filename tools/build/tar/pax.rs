@@ -3,7 +3,7 @@
 use super::super::limits::Limits;
 use super::sparse::PaxSparse;
 use crate::error::{Error, Result};
-use crate::ext4::Time;
+use crate::ext4::{Time, Xattr};
 
 /// The records of an extended header that matter here. An empty value means that the ustar field stands.
 #[derive(Default)]
@@ -14,7 +14,7 @@ pub(super) struct Pax {
     pub uid: Option<u64>,
     pub gid: Option<u64>,
     pub mtime: Option<Time>,
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub xattrs: Vec<Xattr>,
     pub sparse: PaxSparse,
 }
 

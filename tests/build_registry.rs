@@ -1,0 +1,72 @@
+//! Building from a registry into a registry.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "common/built.rs"]
+mod built;
+#[path = "common/ext4.rs"]
+mod ext4;
+#[path = "common/nodes.rs"]
+mod nodes;
+#[path = "common/registry.rs"]
+mod registry;
+
+use built::{Layout, shell, try_build};
+use nodes::{Compare, assert_same};
+use registry::Registry;
+
+/// An image of two platforms in a registry: both are converted, and a copy of the result is the result.
+#[test]
+fn all_platforms_of_an_image_in_a_registry() {
+    let registry = Registry::start();
+    let host = registry.host();
+    let temp = tempfile::tempdir().unwrap();
+    shell(
+        temp.path(),
+        &format!(
+            r#"umoci init --layout l
+            for arch in amd64 arm64; do
+                mkdir $arch; head -c 300000 /dev/urandom > $arch/large; echo $arch > $arch/name
+                tar -C $arch --format=pax -cf $arch.tar .
+                umoci new --image l:$arch; umoci raw add-layer --image l:$arch $arch.tar
+                umoci config --image l:$arch --architecture $arch
+                skopeo --insecure-policy copy -q --dest-tls-verify=false oci:l:$arch docker://{host}/plain:$arch
+            done
+            entry() {{
+                digest=$(skopeo inspect --tls-verify=false --format '{{{{.Digest}}}}' docker://{host}/plain:$1)
+                size=$(curl -sf -H 'Accept: application/vnd.oci.image.manifest.v1+json' http://{host}/v2/plain/manifests/$digest | wc -c)
+                printf '{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"%s","size":%s,"platform":{{"os":"linux","architecture":"%s"}}}}' $digest $size $1
+            }}
+            printf '{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[%s,%s]}}' $(entry amd64) $(entry arm64) > index
+            curl -sf -X PUT -H 'Content-Type: application/vnd.oci.image.index.v1+json' --data-binary @index http://{host}/v2/plain/manifests/all"#
+        ),
+    );
+    let report = try_build(&format!("{host}/plain:all"), &format!("{host}/lazy:all")).unwrap();
+    assert_eq!(report.platforms, ["linux/amd64", "linux/arm64"]);
+    shell(
+        temp.path(),
+        &format!(
+            "skopeo --insecure-policy copy -q --all --src-tls-verify=false docker://{host}/lazy:all oci:copy:all
+            skopeo inspect --tls-verify=false docker://{host}/lazy:all > inspected"
+        ),
+    );
+    let layout = Layout(temp.path().join("copy"));
+    assert_eq!(layout.top("all"), report.digest.to_string());
+    for manifest in layout.json(&layout.top("all"))["manifests"].as_array().unwrap() {
+        let architecture = manifest["platform"]["architecture"].as_str().unwrap();
+        let work = temp.path().join(format!("work-{architecture}"));
+        std::fs::create_dir(&work).unwrap();
+        let found = layout.tree(manifest["digest"].as_str().unwrap(), &work);
+        assert_same(
+            &without_fractions(nodes::read(&temp.path().join(architecture))),
+            &without_fractions(found),
+            Compare::AcrossFileSystems,
+        );
+    }
+}
+
+/// skopeo and umoci keep the layer as it is, but a ustar time has no fraction.
+fn without_fractions(mut nodes: nodes::Nodes) -> nodes::Nodes {
+    nodes.values_mut().for_each(|node| node.mtime.1 = 0);
+    nodes
+}
