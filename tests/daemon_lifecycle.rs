@@ -87,6 +87,58 @@ fn a_signal_detaches_what_is_free_and_ends_the_daemon() {
 }
 
 #[test]
+fn a_daemon_that_is_forced_to_stop_leaves_a_mount_that_can_be_undone() {
+    let node = Node::new();
+    let image = image::make(node.path(), "app", 4);
+    for force in [true, false] {
+        let dir = node.mount_point("mnt");
+        node.done(&["mount", &image.reference(), dir.to_str().unwrap()]);
+        if force {
+            let stopped = node.json(&["stop", "--force"]);
+            assert_eq!(stopped["stopping"], true);
+            assert!(stopped["in_use"][0].as_str().unwrap().contains(dir.to_str().unwrap()), "{stopped}");
+            assert!(node.pid().is_none());
+        } else {
+            node.kill("-TERM");
+        }
+        assert!(node.log().contains("get errors from now on"), "{}", node.log());
+        node.done(&["umount", dir.to_str().unwrap()]);
+        assert!(node.fails(1, &["umount", dir.to_str().unwrap()]).contains("no image"));
+    }
+    node.done(&["pool", "stat"]);
+    assert_eq!(node.json(&["list"]), json!([]));
+}
+
+#[test]
+fn without_privileges_an_image_is_exported() {
+    let node = Node::new();
+    let image = image::make(node.path(), "app", 4);
+    let home = node.path().join("home");
+    fs::create_dir(&home).unwrap();
+    std::os::unix::fs::chown(&home, Some(65534), Some(65534)).unwrap();
+    fs::set_permissions(node.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = node.path().join("firstread");
+    fs::copy(env!("CARGO_BIN_EXE_firstread"), &program).unwrap();
+    let verb = |arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]);
+        command.arg(&program).args(arguments);
+        command.arg("--root").arg(home.join("root")).arg("--run").arg(home.join("run")).env("HOME", &home);
+        command
+    };
+    let socket = format!("unix:{}", home.join("nbd.sock").display());
+    let mut export = verb(&["export", &image.reference(), "--nbd", &socket]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut uri = String::new();
+    BufReader::new(export.stdout.as_mut().unwrap()).read_line(&mut uri).unwrap();
+    let size = Command::new("nbdinfo").args(["--size", uri.trim_end()]).output().unwrap();
+    let stopped = verb(&["stop"]).output().unwrap();
+    export.wait().unwrap();
+    assert!(stopped.status.success(), "{stopped:?}");
+    let expected = fs::metadata(&image.disk).unwrap().len();
+    assert_eq!(String::from_utf8_lossy(&size.stdout).trim_end(), expected.to_string());
+}
+
+#[test]
 fn a_killed_daemon_leaves_a_lost_device_until_it_is_unmounted() {
     let node = Node::new();
     let image = image::make(node.path(), "app", 6);
@@ -260,10 +312,14 @@ fn a_client_that_dies_leaves_no_device() {
     assert_eq!(node.json(&["list"]).as_array().unwrap().len(), 1);
     drop(stream);
     wait_until("the device is detached", || node.json(&["list"]) == json!([]));
-    // It left before it had its answer.
+    // It left before it had its answer: the daemon sees both at once.
+    let pid = node.pid().unwrap().to_string();
+    let signal = |name: &str| assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+    signal("-STOP");
     let mut stream = UnixStream::connect(node.run_dir().join("control.sock")).unwrap();
     stream.write_all(request("permanent").as_bytes()).unwrap();
     drop(stream);
+    signal("-CONT");
     wait_until("the device came", || node.log().matches("is /dev/loop").count() == 2);
     wait_until("the device is detached", || node.json(&["list"]) == json!([]));
 }
