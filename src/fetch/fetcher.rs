@@ -29,7 +29,8 @@ pub enum Priority {
 /// How the fetcher behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct FetchOptions {
-    /// How long readers wait while no source can be reached; `None` is for ever.
+    /// How long readers wait while no source can be reached, unless their origin has a patience of its own; `None` is
+    /// for ever.
     pub on_outage: Option<Duration>,
     /// Most requests in flight for one origin; the last one of several is kept for [`Priority::Demand`].
     pub requests: usize,
@@ -39,6 +40,8 @@ pub struct FetchOptions {
     pub request_bytes: u64,
     /// Pauses between tries of sources that can't be reached: the first one, doubled each time, and the longest.
     pub pause: (Duration, Duration),
+    /// How long a source that failed is asked after all others: at first, doubled each time, and at most.
+    pub leave_alone: (Duration, Duration),
 }
 
 impl Default for FetchOptions {
@@ -49,6 +52,7 @@ impl Default for FetchOptions {
             gap: 64 << 10,
             request_bytes: 4 << 20,
             pause: (Duration::from_millis(100), Duration::from_secs(5)),
+            leave_alone: (Duration::from_secs(1), Duration::from_secs(60)),
         }
     }
 }

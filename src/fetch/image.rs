@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::Origin;
 use super::unpack::unpack_index;
+use super::{Origin, Patience};
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::index::{Blob, Index};
@@ -33,6 +33,15 @@ pub struct Image {
     pub origin: Arc<Origin>,
     /// Environment, entry point and so on.
     pub config: Config,
+}
+
+impl Image {
+    /// The image with an origin of its own, whose readers wait as long as `patience` says.
+    #[must_use]
+    pub fn patient(self, patience: Patience) -> Self {
+        let origin = Origin::new(self.origin.blobs().to_vec(), self.origin.sources().to_vec()).patient(patience);
+        Self { origin: Arc::new(origin), ..self }
+    }
 }
 
 /// Opens the firstread image `reference` for `platform`.

@@ -8,6 +8,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::Serialize;
 
+use super::health::{Health, HealthReport};
+use super::patience::Patience;
 use super::queue::{MAX_SOURCES, Queue};
 use crate::chunk::Digest;
 use crate::index::Blob;
@@ -21,6 +23,9 @@ pub struct Origin {
     blobs: Vec<Blob>,
     sources: Vec<Arc<dyn Source>>,
     counters: Counters,
+    /// What replaces the fetcher's own patience.
+    patience: Option<Patience>,
+    pub(super) health: Health,
     pub(super) queue: Mutex<Queue>,
     /// Chunks that no source has right, of which there was an event.
     reported: Mutex<HashSet<Digest>>,
@@ -30,8 +35,40 @@ impl Origin {
     /// An origin with the image's `blobs` in the index's order and its sources, best first; at most 64 are used.
     #[must_use]
     pub fn new(blobs: Vec<Blob>, sources: Vec<Arc<dyn Source>>) -> Self {
-        let sources = sources.into_iter().take(MAX_SOURCES).collect();
-        Self { blobs, sources, counters: Counters::default(), queue: Mutex::default(), reported: Mutex::default() }
+        let sources: Vec<_> = sources.into_iter().take(MAX_SOURCES).collect();
+        let health = Health::new(sources.iter().map(|source| source.name().to_owned()).collect());
+        Self {
+            blobs,
+            sources,
+            counters: Counters::default(),
+            patience: None,
+            health,
+            queue: Mutex::default(),
+            reported: Mutex::default(),
+        }
+    }
+
+    /// The same origin, whose readers wait as long as `patience` says and not as the fetcher's options do.
+    #[must_use]
+    pub fn patient(self, patience: Patience) -> Self {
+        Self { patience: Some(patience), ..self }
+    }
+
+    /// The patience of its own, if it has one.
+    #[must_use]
+    pub fn patience(&self) -> Option<Patience> {
+        self.patience
+    }
+
+    /// How long readers wait while no source can be reached, where the fetcher's options say `node`.
+    pub(super) fn on_outage(&self, node: Option<Duration>) -> Option<Duration> {
+        self.patience.map_or(node, Patience::limit)
+    }
+
+    /// How the sources are doing.
+    #[must_use]
+    pub fn health(&self) -> HealthReport {
+        self.health.report()
     }
 
     /// True the first time that it is asked for a chunk.
