@@ -39,8 +39,7 @@ impl Image {
     /// The image with an origin of its own, whose readers wait as long as `patience` says.
     #[must_use]
     pub fn patient(self, patience: Patience) -> Self {
-        let origin = Origin::new(self.origin.blobs().to_vec(), self.origin.sources().to_vec()).patient(patience);
-        Self { origin: Arc::new(origin), ..self }
+        Self { origin: Arc::new(self.origin.fork(patience)), ..self }
     }
 }
 
@@ -88,7 +87,7 @@ pub async fn open_image(
             return Err(Error::invalid(format!("image {reference}"), reason));
         }
     }
-    let origin = Arc::new(Origin::new(blobs, vec![repository as Arc<dyn Source>]));
+    let origin = Arc::new(Origin::new(blobs, vec![repository as Arc<dyn Source>]).indexed(&index));
     Ok(Image { reference: reference.clone(), manifest_digest: raw.digest, layers, index, origin, config })
 }
 

@@ -8,11 +8,13 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::Serialize;
 
+use super::FetchOptions;
+use super::ahead::{Ahead, Order};
 use super::health::{Health, HealthReport};
 use super::patience::Patience;
 use super::queue::{MAX_SOURCES, Queue};
-use crate::chunk::Digest;
-use crate::index::Blob;
+use crate::chunk::{ChunkRef, Digest};
+use crate::index::{Blob, Index};
 use crate::source::Source;
 
 /// Most chunks that are remembered as reported; more go unreported.
@@ -26,6 +28,9 @@ pub struct Origin {
     /// What replaces the fetcher's own patience.
     patience: Option<Patience>,
     pub(super) health: Health,
+    /// Where the image's chunks are; without it nothing is read ahead.
+    order: Option<Arc<Order>>,
+    ahead: Mutex<Ahead>,
     pub(super) queue: Mutex<Queue>,
     /// Chunks that no source has right, of which there was an event.
     reported: Mutex<HashSet<Digest>>,
@@ -43,6 +48,8 @@ impl Origin {
             counters: Counters::default(),
             patience: None,
             health,
+            order: None,
+            ahead: Mutex::default(),
             queue: Mutex::default(),
             reported: Mutex::default(),
         }
@@ -52,6 +59,32 @@ impl Origin {
     #[must_use]
     pub fn patient(self, patience: Patience) -> Self {
         Self { patience: Some(patience), ..self }
+    }
+
+    /// The same origin, which knows the chunks of `index` and so what is adjacent to a miss.
+    #[must_use]
+    pub fn indexed(self, index: &Arc<Index>) -> Self {
+        Self { order: Some(Arc::new(Order::new(Arc::clone(index)))), ..self }
+    }
+
+    /// An origin with the same sources and chunks whose readers wait as long as `patience` says.
+    #[must_use]
+    pub fn fork(&self, patience: Patience) -> Self {
+        let new = Self::new(self.blobs.clone(), self.sources.clone()).patient(patience);
+        Self { order: self.order.clone(), ..new }
+    }
+
+    /// What to ask for along with `missed`.
+    pub(super) fn ahead(
+        &self,
+        missed: &[ChunkRef],
+        options: &FetchOptions,
+        is_local: impl Fn(&ChunkRef) -> bool,
+    ) -> Vec<ChunkRef> {
+        match &self.order {
+            Some(order) if options.read_ahead > 0 => self.ahead.lock().of(missed, order, options, is_local),
+            _ => Vec::new(),
+        }
     }
 
     /// The patience of its own, if it has one.

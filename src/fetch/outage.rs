@@ -32,12 +32,11 @@ impl Shared {
     }
 
     async fn serve(self: &Arc<Self>, origin: &Arc<Origin>, batch: Vec<Want>) {
-        let (started, asked) = (Instant::now(), batch.len());
-        let left = self.attempt(origin, batch, None).await;
+        let started = Instant::now();
+        let (left, progress) = self.attempt(origin, batch, None).await;
         if left.is_empty() {
             return;
         }
-        let progress = left.len() < asked;
         let trouble = left.iter().find_map(|want| want.trouble.clone());
         let trouble = trouble.unwrap_or_else(|| Error::unreachable("every source", "all requests failed"));
         let probe = {
@@ -58,8 +57,15 @@ impl Shared {
         }
     }
 
-    /// Asks the sources in turn. Returns the chunks that did not arrive, for causes that may pass.
-    async fn attempt(self: &Arc<Self>, origin: &Arc<Origin>, batch: Vec<Want>, give_up: Option<Instant>) -> Vec<Want> {
+    /// Asks the sources in turn. Returns the chunks that did not arrive, for causes that may pass, and whether any other
+    /// did, or was found not to be there.
+    async fn attempt(
+        self: &Arc<Self>,
+        origin: &Arc<Origin>,
+        batch: Vec<Want>,
+        give_up: Option<Instant>,
+    ) -> (Vec<Want>, bool) {
+        let asked = batch.len();
         let mut left = batch;
         for want in &mut left {
             want.earlier = want.trouble.take();
@@ -79,7 +85,13 @@ impl Shared {
         let (absent, left): (Vec<_>, Vec<_>) =
             left.into_iter().partition(|want| matches!(want.trouble, Some(Error::NotFound { .. })));
         self.fail(origin, absent, None);
-        left
+        let progress = left.len() < asked;
+        // What was only read ahead is not worth waiting for.
+        let waited = left.into_iter().filter_map(|mut want| {
+            let idle = want.priority == Priority::ReadAhead && want.ticket.close_if_unwaited();
+            (!idle).then_some(want)
+        });
+        (waited.collect(), progress)
     }
 
     /// Ends flights with their own trouble, or else with that of the outage.
@@ -127,9 +139,7 @@ impl Shared {
                 batch
             };
             let Some(batch) = batch else { return };
-            let asked = batch.len();
-            let left = self.attempt(origin, batch, next_expiry).await;
-            let reached = left.len() < asked;
+            let (left, reached) = self.attempt(origin, batch, next_expiry).await;
             if let Some(error) = left.iter().find_map(|want| want.trouble.clone()).filter(|_| !reached) {
                 trouble = Some(error);
             }
