@@ -6,6 +6,7 @@ use super::connect::connect_or_start;
 use super::options::{AccessOptions, Context};
 use super::{Outcome, reference};
 use crate::daemon::client::Client;
+use crate::daemon::config::Patience;
 use crate::daemon::control::{self, Attached, Call, Lifetime};
 
 /// Arguments of the verb.
@@ -24,6 +25,9 @@ pub struct AttachOptions {
     /// How the kernel sees the device
     #[arg(long, default_value = "auto", value_name = "TRANSPORT", value_parser = ["auto", "ublk", "nbd", "loop"])]
     transport: String,
+    /// How long reads wait for unreachable sources: seconds, or `wait` for ever [default: the daemon's setting]
+    #[arg(long, value_name = "TIME")]
+    on_outage: Option<Patience>,
     #[command(flatten)]
     access: AccessOptions,
 }
@@ -50,10 +54,11 @@ pub fn request(
     lifetime: Lifetime,
 ) -> Outcome<(Client, Attached)> {
     let reference = reference::image(image)?.to_string();
-    let transport = options.transport.clone();
+    let (transport, on_outage) = (options.transport.clone(), options.on_outage);
     let access = context.access(&options.access)?;
     let mut client = connect_or_start(context)?;
-    let attached: Attached = client.call(Call::Attach(control::Attach { reference, access, transport, lifetime }))?;
+    let attached: Attached =
+        client.call(Call::Attach(control::Attach { reference, access, on_outage, transport, lifetime }))?;
     if !attached.passed_over.is_empty() {
         let reasons = attached.passed_over.join("; ");
         context.output.remark(format!("transport {} ({reasons})", attached.device.transport));

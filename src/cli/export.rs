@@ -11,6 +11,7 @@ use super::connect::connect_or_start;
 use super::options::{AccessOptions, Context, absolute};
 use super::{Outcome, reference};
 use crate::daemon::client::Closer;
+use crate::daemon::config::Patience;
 use crate::daemon::control::{self, Call, Exported, Kind, Problem};
 
 /// Arguments of the verb.
@@ -22,6 +23,9 @@ pub struct Export {
     /// Where NBD clients connect: unix:PATH or tcp:HOST:PORT (port 0: any free one)
     #[arg(long, value_name = "ADDRESS")]
     nbd: String,
+    /// How long reads wait for unreachable sources: seconds, or `wait` for ever [default: the daemon's setting]
+    #[arg(long, value_name = "TIME")]
+    on_outage: Option<Patience>,
     #[command(flatten)]
     access: AccessOptions,
 }
@@ -41,7 +45,12 @@ impl Export {
         // From here on a signal ends the export, not this process, which leaves when the export is gone.
         let closer = client.closer().map_err(failed)?;
         let signals = watch_signals(closer, Arc::clone(&stopped)).map_err(failed)?;
-        let exported = client.call::<Exported>(Call::Export(control::Export { reference, access, nbd }));
+        let exported = client.call::<Exported>(Call::Export(control::Export {
+            reference,
+            access,
+            on_outage: self.on_outage,
+            nbd,
+        }));
         let outcome = exported.and_then(|exported| {
             context.output.answer(&exported, |exported| exported.uri.clone())?;
             client.wait_for_end();

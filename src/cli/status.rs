@@ -1,5 +1,7 @@
 //! `firstread status`: what was read, fetched and waited for.
 
+use std::time::SystemTime;
+
 use clap::Args;
 
 use super::Outcome;
@@ -7,7 +9,7 @@ use super::connect::connect;
 use super::detach::{not_running, target_of};
 use super::options::Context;
 use super::output::{fields, size, table};
-use crate::daemon::control::{Call, State, Status as Numbers};
+use crate::daemon::control::{Call, Health, HealthState, SourceStatus, State, Status as Numbers};
 
 /// Arguments of the verb.
 #[derive(Debug, Args)]
@@ -35,7 +37,7 @@ impl Status {
             _ => context.output.answer(&all, |all| match all.as_slice() {
                 [] => String::new(),
                 all => table(
-                    ["id", "local", "read", "fetched", "requests", "waits", "waited", "errors"],
+                    ["id", "local", "read", "fetched", "requests", "waits", "waited", "errors", "health"],
                     all.iter().map(row),
                 ),
             }),
@@ -43,7 +45,7 @@ impl Status {
     }
 }
 
-fn row(status: &Numbers) -> [String; 8] {
+fn row(status: &Numbers) -> [String; 9] {
     [
         status.id.clone(),
         format!("{}/{}", status.chunks.local, status.chunks.total),
@@ -53,7 +55,38 @@ fn row(status: &Numbers) -> [String; 8] {
         status.waits.count.to_string(),
         format!("{:.2} s", status.waits.total),
         (status.chunks.failed + status.verify_failures).to_string(),
+        match status.health.state {
+            HealthState::Healthy => "ok".to_owned(),
+            _ => format!("no source, {}", ago(status.health.since)),
+        },
     ]
+}
+
+fn health(health: &Health) -> String {
+    match (health.state, health.on_outage) {
+        (HealthState::Healthy, _) => "ok".to_owned(),
+        (_, None) => format!("no source can be reached ({}): reads wait", ago(health.since)),
+        (_, Some(seconds)) => {
+            format!("no source can be reached ({}): reads wait {seconds} s, then fail", ago(health.since))
+        }
+    }
+}
+
+fn shown_source(source: &SourceStatus) -> String {
+    match (source.state, &source.last_error) {
+        (HealthState::Healthy, _) => source.name.clone(),
+        (_, error) => format!("{}: fails ({}): {}", source.name, ago(source.since), error.as_deref().unwrap_or("")),
+    }
+}
+
+/// How long ago a time was that is given in seconds since 1970.
+fn ago(time: Option<u64>) -> String {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    match now.saturating_sub(time.unwrap_or(now)) {
+        seconds @ 0..=119 => format!("{seconds} s ago"),
+        seconds @ 120..=7199 => format!("{} min ago", seconds / 60),
+        seconds => format!("{} h ago", seconds / 3600),
+    }
 }
 
 fn details(status: &Numbers) -> String {
@@ -84,10 +117,11 @@ fn details(status: &Numbers) -> String {
         ),
         ("wrong bytes", format!("{} chunks", status.verify_failures)),
         ("outage", format!("{:.1} s", status.outage_seconds)),
-        ("sources", status.sources.join(", ")),
+        ("health", health(&status.health)),
     ];
+    rows.extend(status.sources.iter().map(|source| ("source", shown_source(source))));
     if let Some(error) = &status.last_error {
-        rows.push(("last error", error.clone()));
+        rows.push(("last error", format!("{error} ({})", ago(status.last_error_at))));
     }
     fields(rows)
 }

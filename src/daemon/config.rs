@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::control::{Kind, Problem};
+pub use crate::fetch::Patience;
 use crate::pool::Amount;
 
 /// Where the configuration is when nobody says otherwise; it need not exist.
@@ -243,37 +244,6 @@ impl FromStr for Amount {
     }
 }
 
-/// How long a reader waits for a source that is unreachable: `60s`, `5m`, `1h`, or `wait`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Patience {
-    /// Then the read fails.
-    For(Duration),
-    /// For ever.
-    Endless,
-}
-
-impl FromStr for Patience {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "wait" {
-            return Ok(Self::Endless);
-        }
-        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-        let (number, unit) = text.split_at(digits);
-        let factor = match unit {
-            "" | "s" => 1,
-            "m" => 60,
-            "h" => 3600,
-            _ => return Err(format!("{text:?} is not a time: write `wait`, or a number with s, m or h")),
-        };
-        let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
-        let seconds =
-            seconds.ok_or_else(|| format!("{text:?} is not a time: write `wait`, or a number with s, m or h"))?;
-        Ok(Self::For(Duration::from_secs(seconds)))
-    }
-}
-
 /// Yes or no.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Switch(pub bool);
@@ -310,6 +280,12 @@ macro_rules! deserialize_from_text {
     )*};
 }
 deserialize_from_text!(Amount, Patience, Switch);
+
+impl Serialize for Patience {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
 
 #[cfg(test)]
 mod tests {

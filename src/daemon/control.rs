@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::config::Patience;
 use crate::error::Error;
 
 /// Version of the protocol. A daemon answers requests of its own version only.
@@ -116,6 +117,9 @@ pub struct Attach {
     /// How its source is reached.
     #[serde(default)]
     pub access: SourceAccess,
+    /// How long its readers wait for unreachable sources; `None`: as the node's setting says.
+    #[serde(default)]
+    pub on_outage: Option<Patience>,
     /// `auto` or the name of a transport.
     pub transport: String,
     /// Who keeps the device.
@@ -140,6 +144,9 @@ pub struct Export {
     /// How its source is reached.
     #[serde(default)]
     pub access: SourceAccess,
+    /// How long its readers wait for unreachable sources; `None`: as the node's setting says.
+    #[serde(default)]
+    pub on_outage: Option<Patience>,
     /// `unix:PATH` (absolute) or `tcp:HOST:PORT`.
     pub nbd: String,
 }
@@ -251,11 +258,54 @@ pub struct Status {
     pub outage_seconds: f64,
     /// Reads that waited for a source.
     pub waits: Waits,
-    /// The sources and what is wrong with them, if anything.
+    /// Whether sources can be reached.
     #[serde(default)]
-    pub sources: Vec<String>,
-    /// The last failure of a fetch.
+    pub health: Health,
+    /// The sources, best first.
     #[serde(default)]
+    pub sources: Vec<SourceStatus>,
+    /// The last thing that went wrong with a source, whether or not it has passed.
+    #[serde(default)]
+    pub last_error: Option<String>,
+    /// When that was, in seconds since 1970.
+    #[serde(default)]
+    pub last_error_at: Option<u64>,
+}
+
+/// Whether a device's sources can be reached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// The state.
+    pub state: HealthState,
+    /// Since when nothing can be reached, in seconds since 1970.
+    pub since: Option<u64>,
+    /// How long readers wait for sources in seconds; `None`: for ever.
+    pub on_outage: Option<u64>,
+}
+
+/// A state of a device's sources, or of one source.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HealthState {
+    /// What was asked for last came, or nothing was asked for yet.
+    #[default]
+    Healthy,
+    /// No source can be reached: readers wait, as long as `on_outage` says.
+    Waiting,
+    /// This source fails; others are asked first.
+    Failing,
+}
+
+/// A source of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// Its name.
+    pub name: String,
+    /// How it is doing.
+    pub state: HealthState,
+    /// Since when it fails, in seconds since 1970.
+    pub since: Option<u64>,
+    /// The last thing that went wrong with it, whether or not it has passed.
     pub last_error: Option<String>,
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+use super::config::Patience;
 use super::control::SourceAccess;
 use crate::chunk::Digest;
 use crate::error::Result;
@@ -13,7 +14,7 @@ use crate::fetch::{Image, open_image};
 use crate::oci::{Platform, Reference};
 use crate::source::Access;
 
-type Key = (String, Digest, SourceAccess);
+type Key = (String, Digest, SourceAccess, Option<Patience>);
 
 /// The images that devices and exports use.
 #[derive(Default)]
@@ -29,13 +30,22 @@ impl Images {
         Self { open: Mutex::default(), cache: cache.to_owned() }
     }
 
-    /// Opens an image, or finds it open. The reference is resolved in any case: a tag may have moved.
+    /// Opens an image, or finds it open with the same patience: devices of different patience wait each by themselves. The reference is resolved in any case: a tag may have moved.
     ///
     /// # Errors
     /// Those of [`open_image`].
-    pub async fn open(&self, reference: &Reference, access: &SourceAccess) -> Result<Arc<Image>> {
+    pub async fn open(
+        &self,
+        reference: &Reference,
+        access: &SourceAccess,
+        on_outage: Option<Patience>,
+    ) -> Result<Arc<Image>> {
         let image = open_image(reference, &source_access(access), &Platform::host(), &self.cache).await?;
-        let key = (reference.to_string(), image.manifest_digest, access.clone());
+        let image = match on_outage {
+            Some(patience) => image.patient(patience),
+            None => image,
+        };
+        let key = (reference.to_string(), image.manifest_digest, access.clone(), on_outage);
         let mut open = self.open.lock();
         if let Some(image) = open.get(&key).and_then(Weak::upgrade) {
             return Ok(image);

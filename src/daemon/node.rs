@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
 use super::attachment::{self, Attachment};
 use super::config::{Config, Patience};
 use super::control::{
-    Attach, Attached, ByteCounts, ChunkCounts, DeviceInfo, Export, Exported, Hello, InUse, Kind, Problem, SourceAccess,
-    State, Status, Stopped, Waits,
+    Attach, Attached, ByteCounts, ChunkCounts, DeviceInfo, Export, Exported, Health, HealthState, Hello, InUse, Kind,
+    Problem, SourceAccess, SourceStatus, State, Status, Stopped, Waits,
 };
 use super::devices::{Devices, Entry, Served, still_held};
 use super::exports::Serving;
@@ -19,7 +19,7 @@ use super::records::{Record, Records};
 use super::server::Stopping;
 use crate::device::{Device, ImageDevice};
 use crate::error::{Error, Result};
-use crate::fetch::{FetchOptions, Fetcher, Image};
+use crate::fetch::{FetchOptions, Fetcher, Image, Origin, SourceReport};
 use crate::map::Map;
 use crate::oci::Reference;
 use crate::pool::{Pool, PoolOptions, PoolStat};
@@ -43,10 +43,7 @@ impl Node {
         let options =
             PoolOptions { limit: config.pool_limit, keep_free: config.pool_keep_free, ..PoolOptions::default() };
         let pool = Arc::new(Pool::open(&config.root.join("pool"), &options)?);
-        let on_outage = match config.on_outage {
-            Patience::For(time) => Some(time),
-            Patience::Endless => None,
-        };
+        let on_outage = config.on_outage.limit();
         let fetcher = Fetcher::new(Arc::clone(&pool), FetchOptions { on_outage, ..FetchOptions::default() });
         let images = Images::new(&index_cache(&config.root));
         let devices = Arc::new(Devices::new(records, lost));
@@ -73,7 +70,7 @@ impl Node {
     pub async fn attach(&self, request: &Attach) -> std::result::Result<Attached, Problem> {
         self.accepting()?;
         let choice = attachment::choose(&request.transport)?;
-        let (image, device) = self.open_device(&request.reference, &request.access).await?;
+        let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
         let reserved = self.devices.reserve(&name_of(&image.reference));
         let mut info = DeviceInfo {
             id: reserved.id().to_owned(),
@@ -187,8 +184,8 @@ impl Node {
             Some(target) => vec![self.devices.find(target)?],
             None => self.devices.all(),
         };
-        let pool = Arc::clone(&self.pool);
-        Ok(blocking(move || Ok(entries.iter().map(|entry| numbers(entry, &pool)).collect())).await?)
+        let (pool, patience) = (Arc::clone(&self.pool), self.config.on_outage);
+        Ok(blocking(move || Ok(entries.iter().map(|entry| numbers(entry, &pool, patience)).collect())).await?)
     }
 
     /// Serves an image over NBD.
@@ -197,7 +194,7 @@ impl Node {
     /// An image that can't be opened, or an address that can't be bound.
     pub async fn export(&self, request: &Export) -> std::result::Result<(Exported, Serving), Problem> {
         self.accepting()?;
-        let (image, device) = self.open_device(&request.reference, &request.access).await?;
+        let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
         let name = image.reference.to_string();
         let device_bytes = device.size();
         let serving = Serving::start(&request.nbd, name.clone(), device).await?;
@@ -243,9 +240,14 @@ impl Node {
         }
     }
 
-    async fn open_device(&self, reference: &str, access: &SourceAccess) -> Result<(Arc<Image>, Arc<ImageDevice>)> {
+    async fn open_device(
+        &self,
+        reference: &str,
+        access: &SourceAccess,
+        on_outage: Option<Patience>,
+    ) -> Result<(Arc<Image>, Arc<ImageDevice>)> {
         let reference: Reference = reference.parse()?;
-        let image = self.images.open(&reference, access).await?;
+        let image = self.images.open(&reference, access, on_outage).await?;
         let map = Map::new(Arc::clone(&image.index));
         let device =
             ImageDevice::new(map, Arc::clone(&image.origin), Arc::clone(&self.fetcher), Arc::clone(&self.pool));
@@ -257,7 +259,7 @@ impl Node {
     }
 }
 
-fn numbers(entry: &Entry, pool: &Pool) -> Status {
+fn numbers(entry: &Entry, pool: &Pool, node: Patience) -> Status {
     let info = entry.info();
     let mut status = Status {
         id: info.id,
@@ -272,8 +274,10 @@ fn numbers(entry: &Entry, pool: &Pool) -> Status {
         verify_failures: 0,
         outage_seconds: 0.0,
         waits: Waits::default(),
+        health: Health::default(),
         sources: Vec::new(),
         last_error: None,
+        last_error_at: None,
     };
     let Some(served) = &entry.served else { return status };
     let (index, origin) = (&served.image.index, &served.image.origin);
@@ -292,8 +296,29 @@ fn numbers(entry: &Entry, pool: &Pool) -> Status {
     status.verify_failures = fetched.verify_failures;
     status.outage_seconds = fetched.outage_seconds;
     status.waits = Waits { count: fetched.waits.count, total: fetched.waits.total, max: fetched.waits.max };
-    status.sources = origin.sources().iter().map(|source| source.name().to_owned()).collect();
+    show_health(&mut status, origin, node);
     status
+}
+
+/// What is known of the sources. `node` is the patience of devices that have none of their own.
+fn show_health(status: &mut Status, origin: &Origin, node: Patience) {
+    let unix = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let report = origin.health();
+    let state = |since, trouble| if since { trouble } else { HealthState::Healthy };
+    status.health = Health {
+        state: state(report.waiting_since.is_some(), HealthState::Waiting),
+        since: report.waiting_since.map(unix),
+        on_outage: origin.patience().unwrap_or(node).limit().map(|time| time.as_secs()),
+    };
+    (status.last_error_at, status.last_error) =
+        report.last_error.map(|(at, error)| (unix(at), error.to_string())).unzip();
+    let source = |source: SourceReport| SourceStatus {
+        name: source.name,
+        state: state(source.failing_since.is_some(), HealthState::Failing),
+        since: source.failing_since.map(unix),
+        last_error: source.last_error.map(|error| error.to_string()),
+    };
+    status.sources = report.sources.into_iter().map(source).collect();
 }
 
 /// The last part of a repository or of a path.

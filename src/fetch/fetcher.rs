@@ -29,7 +29,8 @@ pub enum Priority {
 /// How the fetcher behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct FetchOptions {
-    /// How long readers wait while no source can be reached; `None` is for ever.
+    /// How long readers wait while no source can be reached, unless their origin has a patience of its own; `None` is
+    /// for ever.
     pub on_outage: Option<Duration>,
     /// Most requests in flight for one origin; the last one of several is kept for [`Priority::Demand`].
     pub requests: usize,
@@ -37,8 +38,12 @@ pub struct FetchOptions {
     pub gap: u64,
     /// Most stored bytes that one request asks for.
     pub request_bytes: u64,
+    /// Most stored bytes that are asked for ahead of a reader that goes through a pack in order; 0: nothing is.
+    pub read_ahead: u64,
     /// Pauses between tries of sources that can't be reached: the first one, doubled each time, and the longest.
     pub pause: (Duration, Duration),
+    /// How long a source that failed is asked after all others: at first, doubled each time, and at most.
+    pub leave_alone: (Duration, Duration),
 }
 
 impl Default for FetchOptions {
@@ -48,7 +53,9 @@ impl Default for FetchOptions {
             requests: 4,
             gap: 64 << 10,
             request_bytes: 4 << 20,
+            read_ahead: 4 << 20,
             pause: (Duration::from_millis(100), Duration::from_secs(5)),
+            leave_alone: (Duration::from_secs(1), Duration::from_secs(60)),
         }
     }
 }
@@ -106,6 +113,9 @@ impl Fetcher {
                 Ok(self.shared.ask(origin, chunk, priority, Sharing::All))
             })
             .collect();
+        if priority == Priority::Demand {
+            self.shared.read_ahead(origin, chunks);
+        }
         self.shared.pump(origin);
         let mut results = Vec::with_capacity(chunks.len());
         for (chunk, waiting) in chunks.iter().zip(waiting) {
@@ -139,6 +149,17 @@ impl Fetcher {
 }
 
 impl Shared {
+    /// Asks for what readers that missed `missed` will probably miss next; [`pump`](Self::pump) must follow.
+    fn read_ahead(self: &Arc<Self>, origin: &Arc<Origin>, missed: &[ChunkRef]) {
+        let is_local = |chunk: &ChunkRef| self.pool.contains(&chunk.digest);
+        for chunk in origin.ahead(missed, &self.options, is_local) {
+            if check(origin, &chunk).is_ok() {
+                // Nobody waits for it.
+                drop(self.ask(origin, &chunk, Priority::ReadAhead, Sharing::All));
+            }
+        }
+    }
+
     /// Joins the flight for `chunk` or starts one; [`pump`](Self::pump) must follow.
     fn ask(self: &Arc<Self>, origin: &Arc<Origin>, chunk: &ChunkRef, priority: Priority, sharing: Sharing) -> Waiting {
         match self.flights.join(chunk.digest, sharing, id(origin)) {

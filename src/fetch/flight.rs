@@ -71,7 +71,7 @@ impl Flights {
         }
         let (sender, receiver) = watch::channel(Progress::Pending);
         entries.insert(key, Entry { progress: receiver.clone(), origin });
-        Joined::First(Ticket { key, sender, flights: Arc::clone(self) }, receiver)
+        Joined::First(Ticket { key, sender, flights: Arc::clone(self), listed: true }, receiver)
     }
 }
 
@@ -80,12 +80,27 @@ pub(super) struct Ticket {
     key: Key,
     sender: watch::Sender<Progress>,
     flights: Arc<Flights>,
+    /// Whether the flight can be joined.
+    listed: bool,
 }
 
 impl Ticket {
     /// Hands the result to everybody who waits. The flight can be joined until the ticket is dropped.
     pub(super) fn deliver(&self, result: Result<Arc<Verified>>) {
         self.sender.send_replace(Progress::Done(result));
+    }
+
+    /// Closes the flight if nobody waits for it; says so.
+    pub(super) fn close_if_unwaited(&mut self) -> bool {
+        let mut entries = self.flights.entries.lock();
+        // The entry's own receiver is one; nobody joins while the lock is held.
+        if self.sender.receiver_count() > 1 {
+            return false;
+        }
+        entries.remove(&self.key);
+        drop(entries);
+        self.listed = false;
+        true
     }
 
     /// Tells waiters from other origins to look elsewhere.
@@ -102,7 +117,9 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.flights.entries.lock().remove(&self.key);
+        if self.listed {
+            self.flights.entries.lock().remove(&self.key);
+        }
         self.sender.send_if_modified(|progress| {
             let ended = matches!(progress, Progress::Done(_));
             if !ended {

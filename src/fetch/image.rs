@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::Origin;
 use super::unpack::unpack_index;
+use super::{Origin, Patience};
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::index::{Blob, Index};
@@ -33,6 +33,14 @@ pub struct Image {
     pub origin: Arc<Origin>,
     /// Environment, entry point and so on.
     pub config: Config,
+}
+
+impl Image {
+    /// The image with an origin of its own, whose readers wait as long as `patience` says.
+    #[must_use]
+    pub fn patient(self, patience: Patience) -> Self {
+        Self { origin: Arc::new(self.origin.fork(patience)), ..self }
+    }
 }
 
 /// Opens the firstread image `reference` for `platform`.
@@ -79,7 +87,7 @@ pub async fn open_image(
             return Err(Error::invalid(format!("image {reference}"), reason));
         }
     }
-    let origin = Arc::new(Origin::new(blobs, vec![repository as Arc<dyn Source>]));
+    let origin = Arc::new(Origin::new(blobs, vec![repository as Arc<dyn Source>]).indexed(&index));
     Ok(Image { reference: reference.clone(), manifest_digest: raw.digest, layers, index, origin, config })
 }
 

@@ -1,21 +1,26 @@
 //! Fetching: a miss becomes verified bytes.
 //!
 //! [`Fetcher::fetch`] joins or starts a flight for each chunk (`flight`); new ones wait in their origin's queue (`queue`),
-//! from which neighbours are taken together; a request is cut into chunks as its body arrives (`request`), each of which is
+//! from which neighbours are taken together, and what is likely to be read next (`ahead`); a request is cut into chunks as its body arrives (`request`), each of which is
 //! decoded and verified (`decode`), delivered, and admitted to the pool. When no source can be reached, one task probes
-//! them while readers wait (`outage`).
+//! them while readers wait (`outage`); `health` knows which sources work and tells of every change once.
 
+mod ahead;
 mod decode;
 mod fetcher;
 mod flight;
+mod health;
 mod image;
 mod origin;
 mod outage;
+mod patience;
 mod queue;
 mod request;
 mod unpack;
 
 pub use decode::decode;
 pub use fetcher::{FetchOptions, Fetcher, Priority};
+pub use health::{HealthReport, SourceReport};
 pub use image::{Image, open_image};
 pub use origin::{CounterValues, Counters, Origin, Waits};
+pub use patience::Patience;

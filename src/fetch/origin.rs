@@ -8,9 +8,13 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::Serialize;
 
+use super::FetchOptions;
+use super::ahead::{Ahead, Order};
+use super::health::{Health, HealthReport};
+use super::patience::Patience;
 use super::queue::{MAX_SOURCES, Queue};
-use crate::chunk::Digest;
-use crate::index::Blob;
+use crate::chunk::{ChunkRef, Digest};
+use crate::index::{Blob, Index};
 use crate::source::Source;
 
 /// Most chunks that are remembered as reported; more go unreported.
@@ -21,6 +25,12 @@ pub struct Origin {
     blobs: Vec<Blob>,
     sources: Vec<Arc<dyn Source>>,
     counters: Counters,
+    /// What replaces the fetcher's own patience.
+    patience: Option<Patience>,
+    pub(super) health: Health,
+    /// Where the image's chunks are; without it nothing is read ahead.
+    order: Option<Arc<Order>>,
+    ahead: Mutex<Ahead>,
     pub(super) queue: Mutex<Queue>,
     /// Chunks that no source has right, of which there was an event.
     reported: Mutex<HashSet<Digest>>,
@@ -30,8 +40,68 @@ impl Origin {
     /// An origin with the image's `blobs` in the index's order and its sources, best first; at most 64 are used.
     #[must_use]
     pub fn new(blobs: Vec<Blob>, sources: Vec<Arc<dyn Source>>) -> Self {
-        let sources = sources.into_iter().take(MAX_SOURCES).collect();
-        Self { blobs, sources, counters: Counters::default(), queue: Mutex::default(), reported: Mutex::default() }
+        let sources: Vec<_> = sources.into_iter().take(MAX_SOURCES).collect();
+        let health = Health::new(sources.iter().map(|source| source.name().to_owned()).collect());
+        Self {
+            blobs,
+            sources,
+            counters: Counters::default(),
+            patience: None,
+            health,
+            order: None,
+            ahead: Mutex::default(),
+            queue: Mutex::default(),
+            reported: Mutex::default(),
+        }
+    }
+
+    /// The same origin, whose readers wait as long as `patience` says and not as the fetcher's options do.
+    #[must_use]
+    pub fn patient(self, patience: Patience) -> Self {
+        Self { patience: Some(patience), ..self }
+    }
+
+    /// The same origin, which knows the chunks of `index` and so what is adjacent to a miss.
+    #[must_use]
+    pub fn indexed(self, index: &Arc<Index>) -> Self {
+        Self { order: Some(Arc::new(Order::new(Arc::clone(index)))), ..self }
+    }
+
+    /// An origin with the same sources and chunks whose readers wait as long as `patience` says.
+    #[must_use]
+    pub fn fork(&self, patience: Patience) -> Self {
+        let new = Self::new(self.blobs.clone(), self.sources.clone()).patient(patience);
+        Self { order: self.order.clone(), ..new }
+    }
+
+    /// What to ask for along with `missed`.
+    pub(super) fn ahead(
+        &self,
+        missed: &[ChunkRef],
+        options: &FetchOptions,
+        is_local: impl Fn(&ChunkRef) -> bool,
+    ) -> Vec<ChunkRef> {
+        match &self.order {
+            Some(order) if options.read_ahead > 0 => self.ahead.lock().of(missed, order, options, is_local),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The patience of its own, if it has one.
+    #[must_use]
+    pub fn patience(&self) -> Option<Patience> {
+        self.patience
+    }
+
+    /// How long readers wait while no source can be reached, where the fetcher's options say `node`.
+    pub(super) fn on_outage(&self, node: Option<Duration>) -> Option<Duration> {
+        self.patience.map_or(node, Patience::limit)
+    }
+
+    /// How the sources are doing.
+    #[must_use]
+    pub fn health(&self) -> HealthReport {
+        self.health.report()
     }
 
     /// True the first time that it is asked for a chunk.

@@ -32,12 +32,13 @@ impl Shared {
     }
 
     async fn serve(self: &Arc<Self>, origin: &Arc<Origin>, batch: Vec<Want>) {
-        let (started, asked) = (Instant::now(), batch.len());
-        let left = self.attempt(origin, batch, None).await;
+        let started = Instant::now();
+        let (left, progress) = self.attempt(origin, batch, None).await;
         if left.is_empty() {
             return;
         }
-        let progress = left.len() < asked;
+        let trouble = left.iter().find_map(|want| want.trouble.clone());
+        let trouble = trouble.unwrap_or_else(|| Error::unreachable("every source", "all requests failed"));
         let probe = {
             let mut queue = origin.queue.lock();
             // A source that sent a part can be reached: the rest is asked for again at once.
@@ -51,17 +52,25 @@ impl Shared {
             probe
         };
         if probe {
+            origin.health.waiting(started, &trouble);
             self.probe(origin, started).await;
         }
     }
 
-    /// Asks the sources in turn. Returns the chunks that did not arrive, for causes that may pass.
-    async fn attempt(self: &Arc<Self>, origin: &Arc<Origin>, batch: Vec<Want>, give_up: Option<Instant>) -> Vec<Want> {
+    /// Asks the sources in turn. Returns the chunks that did not arrive, for causes that may pass, and whether any other
+    /// did, or was found not to be there.
+    async fn attempt(
+        self: &Arc<Self>,
+        origin: &Arc<Origin>,
+        batch: Vec<Want>,
+        give_up: Option<Instant>,
+    ) -> (Vec<Want>, bool) {
+        let asked = batch.len();
         let mut left = batch;
         for want in &mut left {
             want.earlier = want.trouble.take();
         }
-        for number in 0..origin.sources().len() {
+        for number in origin.health.order(Instant::now()) {
             let (asked, mut skipped): (Vec<_>, Vec<_>) =
                 left.into_iter().partition(|want| want.wrong_sources & 1 << number == 0);
             if !asked.is_empty() {
@@ -76,7 +85,13 @@ impl Shared {
         let (absent, left): (Vec<_>, Vec<_>) =
             left.into_iter().partition(|want| matches!(want.trouble, Some(Error::NotFound { .. })));
         self.fail(origin, absent, None);
-        left
+        let progress = left.len() < asked;
+        // What was only read ahead is not worth waiting for.
+        let waited = left.into_iter().filter_map(|mut want| {
+            let idle = want.priority == Priority::ReadAhead && want.ticket.close_if_unwaited();
+            (!idle).then_some(want)
+        });
+        (waited.collect(), progress)
     }
 
     /// Ends flights with their own trouble, or else with that of the outage.
@@ -92,19 +107,28 @@ impl Shared {
     async fn probe(self: &Arc<Self>, origin: &Arc<Origin>, since: Instant) {
         let mut pause = self.options.pause.0;
         let mut counted = since;
+        let on_outage = origin.on_outage(self.options.on_outage);
+        // A reader that comes after the sources do must not give up before they are tried again.
+        let longest = on_outage.map_or(self.options.pause.1, |wait| self.options.pause.1.min(wait / 4));
         let mut trouble: Option<Error> = None;
         loop {
-            let (expired, next_expiry) = origin.queue.lock().expired(Instant::now(), self.options.on_outage);
+            let ((expired, next_expiry), idle) = {
+                let mut queue = origin.queue.lock();
+                (queue.expired(Instant::now(), on_outage), queue.up_if_idle())
+            };
             self.fail(origin, expired, trouble.as_ref());
             origin.counters().outage(counted.elapsed());
             counted = Instant::now();
+            if idle {
+                return;
+            }
 
-            let resume = counted + jittered(pause);
-            pause = (pause * 2).min(self.options.pause.1);
+            let resume = counted + jittered(pause.min(longest));
             tokio::time::sleep_until(next_expiry.map_or(resume, |expiry| expiry.min(resume))).await;
             if next_expiry.is_some_and(|expiry| expiry <= Instant::now()) {
                 continue;
             }
+            pause = (pause * 2).min(longest);
 
             let batch = {
                 let mut queue = origin.queue.lock();
@@ -115,13 +139,8 @@ impl Shared {
                 batch
             };
             let Some(batch) = batch else { return };
-            let asked = batch.len();
-            let left = self.attempt(origin, batch, next_expiry).await;
-            let reached = left.len() < asked;
+            let (left, reached) = self.attempt(origin, batch, next_expiry).await;
             if let Some(error) = left.iter().find_map(|want| want.trouble.clone()).filter(|_| !reached) {
-                if trouble.is_none() {
-                    tracing::warn!(%error, "no source can be reached: readers wait");
-                }
                 trouble = Some(error);
             }
             {
@@ -133,9 +152,6 @@ impl Shared {
             }
             if reached {
                 origin.counters().outage(counted.elapsed());
-                if trouble.is_some() {
-                    tracing::info!(seconds = since.elapsed().as_secs_f64(), "sources can be reached again");
-                }
                 return;
             }
         }

@@ -170,6 +170,15 @@ impl Queue {
         self.down_since = None;
     }
 
+    /// Ends the state of [`down`](Self::down) if nobody waits; says so.
+    pub(super) fn up_if_idle(&mut self) -> bool {
+        let idle = self.waiting.is_empty();
+        if idle {
+            self.down_since = None;
+        }
+        idle
+    }
+
     /// Takes the chunks out whose readers have waited long enough, and says when the next one will have.
     pub(super) fn expired(&mut self, now: Instant, on_outage: Option<Duration>) -> (Vec<Want>, Option<Instant>) {
         let (Some(down_since), Some(on_outage)) = (self.down_since, on_outage) else { return (Vec::new(), None) };

@@ -38,21 +38,32 @@ impl Shared {
         wants: Vec<Want>,
         give_up: Option<Instant>,
     ) -> Vec<Want> {
+        let asked = wants.len();
         let mut wants = VecDeque::from(wants);
-        if let Err(broken) = self.stream(origin, number, &mut wants, give_up).await {
-            for want in &mut wants {
-                let error = match &broken {
-                    Broken::Failed(error) => error.clone(),
-                    // What was wrong before says more than that this try was cut short.
-                    Broken::OutOfTime => want.earlier.clone().unwrap_or_else(|| {
-                        let name = origin.sources().get(number).map_or("a source", |source| source.name());
-                        Error::unreachable(name, "it made no progress while readers waited")
-                    }),
-                };
-                // A source that lacks the chunk does not outweigh one that may have it and can't be reached.
-                if !matches!((&want.trouble, &error), (Some(_), Error::NotFound { .. })) {
-                    want.trouble = Some(error);
-                }
+        let Err(broken) = self.stream(origin, number, &mut wants, give_up).await else {
+            origin.health.answered(number);
+            return Vec::new();
+        };
+        let cut_short = || {
+            let name = origin.sources().get(number).map_or("a source", |source| source.name());
+            Error::unreachable(name, "it made no progress while readers waited")
+        };
+        if wants.len() < asked {
+            origin.health.reached(number);
+        }
+        match &broken {
+            Broken::Failed(error) => origin.health.failed(number, error, self.options.leave_alone, Instant::now()),
+            Broken::OutOfTime => origin.health.failed(number, &cut_short(), self.options.leave_alone, Instant::now()),
+        }
+        for want in &mut wants {
+            let error = match &broken {
+                Broken::Failed(error) => error.clone(),
+                // What was wrong before says more than that this try was cut short.
+                Broken::OutOfTime => want.earlier.clone().unwrap_or_else(cut_short),
+            };
+            // A source that lacks the chunk does not outweigh one that may have it and can't be reached.
+            if !matches!((&want.trouble, &error), (Some(_), Error::NotFound { .. })) {
+                want.trouble = Some(error);
             }
         }
         wants.into()
@@ -70,10 +81,10 @@ impl Shared {
         let blob = origin.blobs().get(first.chunk.blob as usize);
         let (Some(blob), Some(source)) = (blob, origin.sources().get(number)) else { return Ok(()) };
         Counters::add(&origin.counters().requests, 1);
-        let mut body: Body = self.patient(give_up, source.read_at(blob, at, end - at)).await??;
+        let mut body: Body = self.patient(origin, give_up, source.read_at(blob, at, end - at)).await??;
         let mut stored = Vec::new();
         while !wants.is_empty() {
-            let Some(piece) = self.patient(give_up, body.next()).await? else {
+            let Some(piece) = self.patient(origin, give_up, body.next()).await? else {
                 let reason = format!("the answer ended at byte {at} of {end}");
                 return Err(Broken::Failed(Error::unreachable(source.name(), reason)));
             };
@@ -102,8 +113,13 @@ impl Shared {
     }
 
     /// Waits for a source, but no longer than readers do.
-    async fn patient<T>(&self, give_up: Option<Instant>, work: impl Future<Output = T>) -> Result<T, Broken> {
-        let limit = self.options.on_outage.and_then(|wait| Instant::now().checked_add(wait));
+    async fn patient<T>(
+        &self,
+        origin: &Origin,
+        give_up: Option<Instant>,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Broken> {
+        let limit = origin.on_outage(self.options.on_outage).and_then(|wait| Instant::now().checked_add(wait));
         match [give_up, limit].into_iter().flatten().min() {
             None => Ok(work.await),
             Some(limit) => tokio::time::timeout_at(limit, work).await.map_err(|_| Broken::OutOfTime),
@@ -135,6 +151,7 @@ impl Shared {
     /// are asked; the last one's answer is the reader's error.
     fn wrong(self: &Arc<Self>, origin: &Arc<Origin>, number: usize, mut want: Want, error: Error) {
         Counters::add(&origin.counters().verify_failures, 1);
+        origin.health.note(number, &error);
         want.wrong_sources |= want.wrong_once & 1 << number;
         want.wrong_once |= 1 << number;
         let exhausted = (0..origin.sources().len()).all(|source| want.wrong_sources & 1 << source != 0);
@@ -146,7 +163,7 @@ impl Shared {
             want.ticket.deliver(Err(error));
             return;
         }
-        tracing::warn!(chunk = %want.chunk.digest, %error, "asking again");
+        tracing::debug!(chunk = %want.chunk.digest, %error, "asking again");
         origin.queue.lock().push(want);
         self.pump(origin);
     }
