@@ -186,3 +186,29 @@ fn sparse_maps_that_lie() {
     contains(&map("0,10", 20), &["holes", "account"]);
     contains(&map("0,1,2,1,4,1,6,1,8,1", 5), &["malformed"]);
 }
+
+/// A million empty files are an ordinary image: they end in time, and each costs some hundred bytes of memory.
+#[test]
+fn a_million_empty_files() {
+    let temp = TempDir::new().unwrap();
+    let path = temp.path().join("million.tar.zst");
+    let mut encoder = zstd::Encoder::new(std::fs::File::create(&path).unwrap(), 1).unwrap();
+    for number in 0..1_000_000 {
+        encoder.write_all(&header(format!("{}/{number}", number / 5000).as_bytes(), b'0', 0, "")).unwrap();
+    }
+    encoder.write_all(&[0; 1024]).unwrap();
+    encoder.finish().unwrap();
+    let started = Instant::now();
+    let output = std::process::Command::new("time")
+        .args(["-f", "%M", env!("CARGO_BIN_EXE_firstread-build"), "build", "--quiet", "--json"])
+        .arg(format!("tar:{}", path.display()))
+        .arg(format!("oci:{}:t", temp.path().join("layout").display()))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("\"inodes\":1000"), "all of them are there");
+    let resident: u64 = stderr.trim().parse().unwrap();
+    assert!(resident < 400 << 10, "{resident} KiB");
+    assert!(started.elapsed().as_secs() < 120, "{:?}", started.elapsed());
+}

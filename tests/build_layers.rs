@@ -390,6 +390,17 @@ fn a_file_removed_and_made_again_in_later_layers() {
     assert_eq!(names(&found), ["d", "d/b"]);
 }
 
+/// umoci writes such layers when a file takes a directory's place, and containerd refuses them.
+#[test]
+fn whiteouts_below_a_file_that_took_the_place_of_a_directory() {
+    let found = same_as(
+        &[Peer::Umoci],
+        &[&[Dir("d"), File("d/a", "1"), File("b", "2")], &[File("d", "now a file"), Mark("d/.wh.a"), Mark("b/.wh.x")]],
+    );
+    assert_eq!(names(&found), ["b", "d"]);
+    assert_eq!(found[&b"d"[..]].size, 10);
+}
+
 #[test]
 fn a_link_in_place_of_a_whited_out_directory() {
     let found = same_as(

@@ -24,6 +24,8 @@ pub(in crate::build) fn clean(path: &[u8]) -> Vec<&[u8]> {
 enum Step {
     Directory(NodeId),
     Link(Box<[u8]>),
+    /// To what no path goes through.
+    Other,
     Nothing,
 }
 
@@ -35,7 +37,7 @@ impl Rootfs {
             match self.step(walk.at(), &name)? {
                 Step::Directory(node) => walk.enter(node),
                 Step::Link(target) => walk.follow(&target, &name)?,
-                Step::Nothing => return Ok(None),
+                Step::Other | Step::Nothing => return Ok(None),
             }
         }
         Ok(Some(walk.at()))
@@ -48,6 +50,10 @@ impl Rootfs {
             match self.step(walk.at(), &name)? {
                 Step::Directory(node) => walk.enter(node),
                 Step::Link(target) => walk.follow(&target, &name)?,
+                Step::Other => {
+                    let reason = format!("{} is not a directory, and something is to go into it", super::show(&name));
+                    return Err(Error::invalid("path", reason));
+                }
                 Step::Nothing => {
                     self.count(name.len())?;
                     let meta = Meta { mode: 0o755, ..Meta::default() };
@@ -64,10 +70,7 @@ impl Rootfs {
         match &self.node(entry.node)?.kind {
             Kind::Directory(_) => Ok(Step::Directory(entry.node)),
             Kind::Symlink(target) => Ok(Step::Link(target.clone())),
-            _ => {
-                let reason = format!("{} is not a directory, and something is to go into it", super::show(name));
-                Err(Error::invalid("path", reason))
-            }
+            _ => Ok(Step::Other),
         }
     }
 }
