@@ -14,11 +14,13 @@ mod list;
 mod mount;
 mod options;
 mod output;
+mod pin;
 mod pool;
 mod progress;
 mod reference;
 mod status;
 mod stop;
+mod unpin;
 mod verify;
 
 use std::ffi::OsString;
@@ -66,6 +68,10 @@ enum Verb {
     List(list::List),
     /// Show what was read, fetched and waited for
     Status(status::Status),
+    /// Fetch all of an image and keep it: afterwards it starts with the registry gone
+    Pin(pin::Pin),
+    /// Let the chunks of a pinned image be evicted again
+    Unpin(unpin::Unpin),
     /// The node's pool
     #[command(subcommand)]
     Pool(pool::Pool),
@@ -116,6 +122,8 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Export(verb) => verb.run(&context),
         Verb::List(verb) => verb.run(&context),
         Verb::Status(verb) => verb.run(&context),
+        Verb::Pin(verb) => verb.run(&context),
+        Verb::Unpin(verb) => verb.run(&context),
         Verb::Pool(verb) => verb.run(&context),
         Verb::Stop(verb) => verb.run(&context),
         Verb::Build(_) | Verb::Daemon(_) => Ok(()),

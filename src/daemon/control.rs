@@ -81,6 +81,20 @@ pub enum Call {
     Export(Export),
     /// The node's pool. → the pool's own statistics
     PoolStat,
+    /// Evict from the pool. → [`Trimmed`]
+    PoolTrim {
+        /// Down to so many bytes; otherwise to the pool's limit.
+        bytes: Option<u64>,
+    },
+    /// Check every chunk of the pool, or ask how far that is. → [`JobState`], its answer the pool's `Scrubbed`
+    PoolScrub,
+    /// Fetch all of an image and keep it, or ask how far that is. → [`JobState`], its answer a `Pinned`
+    Pin(Pin),
+    /// Let an image's chunks be evicted again. → `Pinned`
+    Unpin {
+        /// The image as it was pinned.
+        reference: String,
+    },
     /// Detach every device and stop. → [`Stopped`]
     Stop {
         /// What to do about devices that are in use.
@@ -134,6 +148,34 @@ pub enum Lifetime {
     Permanent,
     /// Until this connection ends, unless it is settled before.
     Tentative,
+}
+
+/// The arguments of [`Call::Pin`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// The image; paths in it are absolute.
+    pub reference: String,
+    /// How its source is reached.
+    #[serde(default)]
+    pub access: SourceAccess,
+}
+
+/// How far a piece of long work is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobState {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all; 0 when that is not known yet.
+    pub total: u64,
+    /// The answer, when the work has ended.
+    pub answer: Option<serde_json::Value>,
+}
+
+/// The answer to [`Call::PoolTrim`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trimmed {
+    /// Bytes that were freed.
+    pub freed: u64,
 }
 
 /// The arguments of [`Call::Export`].

@@ -15,6 +15,8 @@ use super::control::{
 use super::devices::{Devices, Entry, Served, still_held};
 use super::exports::Serving;
 use super::images::{Images, index_cache};
+use super::jobs::Jobs;
+use super::pins::PinnedImages;
 use super::records::{Record, Records};
 use super::server::Stopping;
 use crate::device::{Device, ImageDevice};
@@ -27,9 +29,11 @@ use crate::pool::{Pool, PoolOptions, PoolStat};
 /// What the daemon is made of.
 pub struct Node {
     config: Config,
-    pool: Arc<Pool>,
-    fetcher: Arc<Fetcher>,
-    images: Images,
+    pub(super) pool: Arc<Pool>,
+    pub(super) fetcher: Arc<Fetcher>,
+    pub(super) images: Images,
+    pub(super) pins: PinnedImages,
+    pub(super) jobs: Jobs,
     devices: Arc<Devices>,
     stop: watch::Sender<bool>,
 }
@@ -46,8 +50,9 @@ impl Node {
         let on_outage = config.on_outage.limit();
         let fetcher = Fetcher::new(Arc::clone(&pool), FetchOptions { on_outage, ..FetchOptions::default() });
         let images = Images::new(&index_cache(&config.root));
-        let devices = Arc::new(Devices::new(records, lost));
-        Ok(Arc::new(Self { config, pool, fetcher, images, devices, stop: watch::Sender::new(false) }))
+        let pins = PinnedImages::open(&config.root.join("pins"), &index_cache(&config.root), &pool)?;
+        let (devices, jobs) = (Arc::new(Devices::new(records, lost)), Jobs::default());
+        Ok(Arc::new(Self { config, pool, fetcher, images, pins, jobs, devices, stop: watch::Sender::new(false) }))
     }
 
     /// Becomes true when the daemon stops.
@@ -254,7 +259,7 @@ impl Node {
         Ok((image, device))
     }
 
-    fn accepting(&self) -> Result<()> {
+    pub(super) fn accepting(&self) -> Result<()> {
         if *self.stop.borrow() { Err(Error::Stopping("the daemon".to_owned())) } else { Ok(()) }
     }
 }
@@ -331,7 +336,7 @@ fn name_of(reference: &Reference) -> String {
 }
 
 /// Runs `work` on a thread where it may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) if error.is_panic() => Err(Error::Unsupported(format!("a bug: {error}"))),

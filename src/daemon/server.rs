@@ -192,6 +192,10 @@ impl Connection {
                 value(&exported)
             }
             Call::PoolStat => value(&node.pool_stat()),
+            Call::PoolTrim { bytes } => value(&node.pool_trim(bytes).await?),
+            Call::PoolScrub => value(&node.pool_scrub()?),
+            Call::Pin(request) => value(&node.pin(request)?),
+            Call::Unpin { reference } => value(&node.unpin(reference).await?),
             Call::Stop { in_use } => value(&node.stop(in_use).await),
         }
     }

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::config::Config;
@@ -68,6 +69,7 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     let remembered = remembered(&records)?;
     let lost = still_lost(&records, remembered)?;
     own_mount_namespace(&config)?;
+    raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING)
@@ -83,9 +85,11 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
         if start == Start::Background {
             announce(READY);
         }
+        let keeper = tokio::spawn(super::keeping::keep(Arc::clone(&node)));
         let watcher = tokio::spawn(signals.watch(Arc::clone(&node)));
         server::serve(listener, Arc::clone(&node)).await;
         watcher.abort();
+        keeper.abort();
         node.close().await;
         Ok::<(), Problem>(())
     })?;
@@ -99,6 +103,13 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     // The directory is free when the process is gone, and the pool with it.
     std::mem::forget(run_dir);
     Ok(())
+}
+
+/// Lets this process open as many files as it may: slabs and connections are files.
+fn raise_file_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    // It works with fewer, until it needs them.
+    let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// Enters a mount namespace of its own. Who may not can't attach devices either, and serves exports.

@@ -152,6 +152,10 @@ impl Pool {
         *self.bound.looked.lock() = None;
         self.bound.look(&*self.dir);
         let before = self.shards.bytes();
+        for (slot, slab) in self.shards.slabs() {
+            // It was appended to when its last chunk went.
+            self.retire(&slab, slot);
+        }
         while (!self.fits(0) || bytes.is_some_and(|bytes| self.size() > bytes)) && self.evict() {}
         before.saturating_sub(self.shards.bytes())
     }

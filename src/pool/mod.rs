@@ -26,6 +26,7 @@ mod open;
 mod owner;
 mod pins;
 mod record;
+mod scrub;
 mod shards;
 mod slab;
 
@@ -38,6 +39,7 @@ use serde::Serialize;
 
 pub use admit::Admission;
 pub use bound::Amount;
+pub use scrub::Scrubbed;
 
 use crate::chunk::{Digest, Mismatch, Verified, verify};
 use crate::error::{Error, Result};

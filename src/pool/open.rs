@@ -152,3 +152,49 @@ fn continued(present: &Present) -> Option<OpenSlab> {
     let next_record = slab.table(|record| next = next.max(record.end())).ok()?;
     Some(OpenSlab { slab: Arc::clone(slab), slot: *slot, next, next_record })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::chunk::Digest;
+    use crate::media::Directory;
+    use crate::pool::slab::SLAB_MAX;
+
+    fn resident() -> u64 {
+        let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+        pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    }
+
+    #[test]
+    fn a_million_chunks_open_quickly_and_take_little_memory() {
+        const CHUNKS: u64 = 1_000_000;
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = Directory::new(temporary.path());
+        let mut places = Vec::new();
+        for number in 0..3 {
+            let slab = Slab::create(&dir, number, SLAB_MAX).unwrap();
+            let file = std::fs::File::options().write(true).open(temporary.path().join(slab::name(number))).unwrap();
+            file.set_len(SLAB_MAX).unwrap();
+            places.push((slab.data_start() / ALIGN, (SLAB_MAX - slab.data_start()) / ALIGN));
+        }
+        let record = |number: u64| {
+            let (slab, &(start, blocks)) = (0..).zip(&places).nth((number % 3) as usize).unwrap();
+            let block = (start + number / 3 % blocks) as u32;
+            let digest = Digest::of(&number.to_le_bytes());
+            Record { kind: Kind::Admit, digest, slab, block, len: 4096, row: 1 }
+        };
+        Journal::create(&dir, 3, (0..CHUNKS).map(record)).unwrap();
+        let (before, started) = (resident(), Instant::now());
+        let pool = Pool::open(temporary.path(), &PoolOptions::default()).unwrap();
+        let (took, memory) = (started.elapsed(), resident().saturating_sub(before));
+        println!("{CHUNKS} chunks: {took:?}, {} MB", memory / 1_000_000);
+        assert_eq!(pool.stat().chunks, CHUNKS);
+        // The optimized program takes a fraction of this.
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        assert!(memory < 100_000_000, "{memory} bytes");
+    }
+}

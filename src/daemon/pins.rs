@@ -1,0 +1,105 @@
+//! Pinned images: one small file each in the root directory, so that a pin outlives the daemon.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::chunk::Digest;
+use crate::error::{Error, Result};
+use crate::index::Index;
+use crate::pool::Pool;
+use crate::source::files::{read_small, replace};
+
+/// Largest file in bytes that is read.
+const RECORD_MAX: u64 = 1 << 16;
+
+/// A pinned image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pinned {
+    /// Its reference.
+    pub image: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Digest of its index.
+    pub index: String,
+    /// Chunks that it has.
+    pub chunks: u64,
+    /// Plain bytes of these.
+    pub bytes: u64,
+}
+
+/// All pinned images, by reference.
+#[derive(Debug)]
+pub struct PinnedImages {
+    dir: PathBuf,
+    indexes: PathBuf,
+    images: Mutex<HashMap<String, Pinned>>,
+}
+
+impl PinnedImages {
+    /// Reads what is pinned from `dir` and pins it in the pool; indexes are in `indexes`. What can't be used is reported.
+    ///
+    /// # Errors
+    /// A directory that can't be made or read.
+    pub fn open(dir: &Path, indexes: &Path, pool: &Pool) -> Result<Self> {
+        let failed = |error| Error::io(format!("reading the pins in {}", dir.display()), error);
+        std::fs::create_dir_all(dir).map_err(failed)?;
+        let pins = Self { dir: dir.to_owned(), indexes: indexes.to_owned(), images: Mutex::default() };
+        for entry in std::fs::read_dir(dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let image = read_small(&path, RECORD_MAX).map(Option::unwrap_or_default).and_then(|bytes| {
+                serde_json::from_slice(&bytes).map_err(|error| Error::invalid("pin", error.to_string()))
+            });
+            match image.and_then(|image: Pinned| Ok((pins.digests(&image.index)?, image))) {
+                Ok((digests, image)) => {
+                    pool.pin(&digests);
+                    pins.images.lock().insert(image.image.clone(), image);
+                }
+                Err(error) => tracing::error!("the pin {} can't be used; pin the image again: {error}", path.display()),
+            }
+        }
+        Ok(pins)
+    }
+
+    /// The digests of the chunks of an index.
+    fn digests(&self, index: &str) -> Result<Vec<Digest>> {
+        let digest: Digest = index.parse()?;
+        let index = Index::open(&self.indexes.join(format!("{}.index", digest.hex())), &digest)?;
+        Ok(index.chunks().map(|chunk| chunk.digest).collect())
+    }
+
+    /// Remembers `image`, whose chunks are pinned in the pool already; an earlier pin of the reference ends.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn add(&self, image: &Pinned, pool: &Pool) -> Result<()> {
+        let bytes = serde_json::to_vec(image).map_err(|error| Error::invalid("pin", error.to_string()))?;
+        replace(&self.path(&image.image), &bytes)?;
+        let earlier = self.images.lock().insert(image.image.clone(), image.clone());
+        if let Some(earlier) = earlier {
+            pool.unpin(&self.digests(&earlier.index)?);
+        }
+        Ok(())
+    }
+
+    /// Ends a pin; `None` if there is none of this reference.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn remove(&self, image: &str, pool: &Pool) -> Result<Option<Pinned>> {
+        let Some(pinned) = self.images.lock().remove(image) else { return Ok(None) };
+        let path = self.path(image);
+        std::fs::remove_file(&path).map_err(|error| Error::io(format!("removing {}", path.display()), error))?;
+        pool.unpin(&self.digests(&pinned.index)?);
+        Ok(Some(pinned))
+    }
+
+    fn path(&self, image: &str) -> PathBuf {
+        self.dir.join(format!("{}.json", Digest::of(image.as_bytes()).hex()))
+    }
+}
