@@ -8,11 +8,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 use parking_lot::Mutex;
-use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, LOCATION, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, LOCATION, RANGE, RETRY_AFTER};
 use reqwest::{Method, Response, StatusCode, Url};
 use tokio::time::Instant;
 
 use super::auth::{Auth, Authorization};
+use super::redirects::Redirects;
 use super::wire::{self, Timeouts};
 use crate::error::{Error, Result};
 use crate::source::files;
@@ -42,6 +43,11 @@ impl Call {
     pub(super) fn new(method: Method, url: Url, what: impl Into<String>, scope: &str) -> Self {
         Self { method, url, what: what.into(), scope: scope.to_owned(), headers: HeaderMap::new(), content: None }
     }
+
+    /// Whether where it is redirected to is good for other requests of its URL: ranges of a blob are.
+    fn keeps_redirect(&self) -> bool {
+        self.method == Method::GET && self.headers.contains_key(RANGE)
+    }
 }
 
 /// Speaks to one registry.
@@ -51,6 +57,7 @@ pub(super) struct Client {
     base: Url,
     name: String,
     timeouts: Timeouts,
+    redirects: Redirects,
     /// The registry asked to be left alone until then.
     not_before: Mutex<Option<Instant>>,
 }
@@ -74,7 +81,15 @@ impl Client {
         let http = builder.build().map_err(|error| Error::unreachable(name, wire::describe(&error)))?;
         let auth =
             Auth::new(name.to_owned(), &base, host.to_owned(), access.docker_config.clone(), http.clone(), timeouts);
-        Ok(Self { http, auth, base, name: name.to_owned(), timeouts, not_before: Mutex::new(None) })
+        Ok(Self {
+            http,
+            auth,
+            base,
+            name: name.to_owned(),
+            timeouts,
+            redirects: Redirects::default(),
+            not_before: Mutex::new(None),
+        })
     }
 
     pub(super) fn timeouts(&self) -> Timeouts {
@@ -88,6 +103,9 @@ impl Client {
 
     /// Sends `call` and returns the answer if `accept` takes its status, else the error that it means.
     pub(super) async fn send(&self, call: &Call, accept: impl Fn(StatusCode) -> bool) -> Result<Response> {
+        if let Some(response) = self.shortcut(call, &accept).await {
+            return Ok(response);
+        }
         self.wait_until_welcome().await;
         // Three tries: without authorization, with a grant that has meanwhile been revoked, with a new one.
         let mut tries = 3;
@@ -96,6 +114,9 @@ impl Client {
             let authorization = self.auth.authorization(&call.scope).await?;
             let (response, at_home) = self.follow(call, authorization.as_ref()).await?;
             if accept(response.status()) {
+                if call.keeps_redirect() && !at_home {
+                    self.redirects.keep(&call.url, response.url());
+                }
                 return Ok(response);
             }
             if response.status() == StatusCode::UNAUTHORIZED
@@ -107,6 +128,24 @@ impl Client {
             }
             self.note_retry_after(&response);
             return Err(wire::error_of(response, &self.name, &call.what, self.timeouts).await);
+        }
+    }
+
+    /// Makes the next request of `call`'s URL start at the registry.
+    pub(super) fn forget_redirect(&self, call: &Call) {
+        self.redirects.forget(&call.url);
+    }
+
+    /// Asks where the registry redirected to before. Whatever goes wrong there, the registry is asked again.
+    async fn shortcut(&self, call: &Call, accept: &impl Fn(StatusCode) -> bool) -> Option<Response> {
+        let url = self.redirects.get(&call.url).filter(|_| call.keeps_redirect())?;
+        let request = self.http.request(call.method.clone(), url).headers(call.headers.clone());
+        match wire::send(request, &self.name, self.timeouts).await {
+            Ok(response) if accept(response.status()) => Some(response),
+            _ => {
+                self.redirects.forget(&call.url);
+                None
+            }
         }
     }
 
