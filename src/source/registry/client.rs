@@ -13,6 +13,7 @@ use reqwest::{Method, Response, StatusCode, Url};
 use tokio::time::Instant;
 
 use super::auth::{Auth, Authorization};
+use super::hosts::Host;
 use super::redirects::Redirects;
 use super::wire::{self, Timeouts};
 use crate::error::{Error, Result};
@@ -55,6 +56,8 @@ pub(super) struct Client {
     http: reqwest::Client,
     auth: Auth,
     base: Url,
+    /// For the registry alone.
+    headers: HeaderMap,
     name: String,
     timeouts: Timeouts,
     redirects: Redirects,
@@ -68,13 +71,19 @@ impl Client {
         let loopback = is_loopback(host);
         let scheme = if loopback || access.plain_http { "http" } else { "https" };
         let server = if host == "docker.io" { "registry-1.docker.io" } else { host };
-        let base = Url::parse(&format!("{scheme}://{server}/v2/"))
-            .map_err(|error| Error::invalid(format!("registry {host:?}"), error.to_string()))?;
+        let settings = Host::load(&access.hosts_dir, host)?;
+        let server = settings.server.clone().unwrap_or_else(|| format!("{scheme}://{server}"));
+        let path = if settings.override_path { "/" } else { "/v2/" };
+        let base = Url::parse(&format!("{}{path}", server.trim_end_matches('/')))
+            .ok()
+            .filter(|base| matches!(base.scheme(), "http" | "https") && base.has_host())
+            .ok_or_else(|| Error::invalid(format!("registry {host:?}"), format!("{server:?} is not its URL")))?;
         let timeouts = Timeouts { connect: access.connect, stall: access.stall };
         let mut builder = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(access.connect)
             .user_agent(concat!("firstread/", env!("CARGO_PKG_VERSION")));
+        builder = settings.apply(builder)?;
         if loopback {
             builder = builder.no_proxy();
         }
@@ -82,6 +91,7 @@ impl Client {
         let auth =
             Auth::new(name.to_owned(), &base, host.to_owned(), access.docker_config.clone(), http.clone(), timeouts);
         Ok(Self {
+            headers: settings.headers()?,
             http,
             auth,
             base,
@@ -156,6 +166,9 @@ impl Client {
         let mut at_home = url.origin() == self.base.origin();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.http.request(call.method.clone(), url.clone()).headers(call.headers.clone());
+            if at_home {
+                request = request.headers(self.headers.clone());
+            }
             if let Some(authorization) = authorization.filter(|_| at_home) {
                 request = request.header(AUTHORIZATION, authorization.header.clone());
             }

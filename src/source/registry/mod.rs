@@ -7,6 +7,7 @@ mod auth;
 mod challenge;
 mod client;
 mod credentials;
+mod hosts;
 mod push;
 mod redirects;
 mod wire;
