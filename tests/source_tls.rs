@@ -1,9 +1,14 @@
-//! A registry behind TLS: trusted by what `certs.d` says, with a password.
+//! A registry behind TLS: trusted by what `certs.d` says, with a password from a file or a credential helper.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/packs.rs"]
+mod packs;
+#[path = "common/program.rs"]
+mod program;
 #[path = "common/registry.rs"]
 mod registry;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -66,4 +71,34 @@ async fn a_registry_with_a_private_authority_is_trusted_when_certs_d_says_so() {
         let error = push(&host, &access).await.unwrap_err().to_string();
         assert!(error.contains(wanted), "{error}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_comes_from_a_credential_helper() {
+    let (registry, node) = (Registry::with_password(), program::Node::new());
+    let (host, dir) = (registry.host(), node.path());
+    let reference: Reference = format!("{host}/app:v1").parse().unwrap();
+    let with_file = access(dir, &registry.docker_config());
+    let repository = Repository::open(&reference, &with_file, Purpose::Push).await.unwrap();
+    packs::TestImage::build(1, 4, 4096, packs::Lies::default()).push(&repository).await;
+
+    let config = dir.join("helper.json");
+    std::fs::write(&config, format!(r#"{{"credHelpers":{{"{host}":"firstread-test"}}}}"#)).unwrap();
+    let helper = dir.join("docker-credential-firstread-test");
+    let inspect = |password: &str| {
+        let script = format!(
+            "#!/bin/sh\nread -r server\n[ \"$server\" = {host} ] || exit 1\n\
+             echo '{{\"ServerURL\":\"{host}\",\"Username\":\"{}\",\"Secret\":\"{password}\"}}'\n",
+            registry::USER
+        );
+        std::fs::write(&helper, script).unwrap();
+        std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+        let image = format!("{host}/app:v1");
+        let arguments = ["inspect", &image, "--docker-config", config.to_str().unwrap()];
+        node.command(&arguments).env("PATH", path).output().unwrap()
+    };
+    let output = inspect(registry::PASSWORD);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!inspect("wrong").status.success());
 }
