@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags};
 
 /// A random-access file. All offsets and lengths are in bytes.
 ///
@@ -44,6 +44,13 @@ pub trait Media: Send + Sync {
     /// What the system says.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
+    /// Gives the blocks of a range back to the disk, which reads as zeros from then on. The length stays. After a crash
+    /// each sector is old or zeros.
+    ///
+    /// # Errors
+    /// What the system says, e.g. EOPNOTSUPP.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+
     /// Makes everything written so far durable.
     ///
     /// # Errors
@@ -66,6 +73,12 @@ impl Media for File {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         File::set_len(self, len)
+    }
+
+    /// `FALLOC_FL_PUNCH_HOLE`, fallocate(2): ext4, xfs, btrfs and tmpfs have it.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(self, flags, offset, len)?)
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -93,9 +106,22 @@ impl Media for ReadOnly {
         Err(ErrorKind::ReadOnlyFilesystem.into())
     }
 
+    fn punch(&self, _: u64, _: u64) -> io::Result<()> {
+        Err(ErrorKind::ReadOnlyFilesystem.into())
+    }
+
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Room on a disk, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// What can still be written without privileges.
+    pub free: u64,
+    /// All of it.
+    pub total: u64,
 }
 
 /// A flat directory of media. Real directories in production, a crashing one in tests.
@@ -139,6 +165,12 @@ pub trait MediaDir: Send + Sync {
     /// # Errors
     /// What the system says.
     fn sync(&self) -> io::Result<()>;
+
+    /// The room on the disk that the directory is on.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn space(&self) -> io::Result<Space>;
 }
 
 /// A directory of the file system.
@@ -192,5 +224,11 @@ impl MediaDir for Directory {
 
     fn sync(&self) -> io::Result<()> {
         File::open(&self.0)?.sync_all()
+    }
+
+    fn space(&self) -> io::Result<Space> {
+        let found = rustix::fs::statvfs(&self.0)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+        Ok(Space { free: bytes(found.f_bavail), total: bytes(found.f_blocks) })
     }
 }

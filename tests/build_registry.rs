@@ -11,7 +11,7 @@ mod nodes;
 #[path = "common/registry.rs"]
 mod registry;
 
-use built::{Layout, shell, try_build};
+use built::{Layout, request, run, shell, try_build};
 use nodes::{Compare, assert_same};
 use registry::Registry;
 
@@ -69,4 +69,45 @@ fn all_platforms_of_an_image_in_a_registry() {
 fn without_fractions(mut nodes: nodes::Nodes) -> nodes::Nodes {
     nodes.values_mut().for_each(|node| node.mtime.1 = 0);
     nodes
+}
+
+/// The packs of an earlier image come along to another repository of the registry, to a layout, and from one.
+#[test]
+fn reused_packs_are_carried_to_where_the_image_goes() {
+    let registry = Registry::start();
+    let host = registry.host();
+    let temp = tempfile::tempdir().unwrap();
+    shell(temp.path(), "mkdir tree spool; head -c 900000 /dev/urandom > tree/large; echo 1 > tree/version");
+    let source = format!("dir:{}", temp.path().join("tree").display());
+    let first = try_build(&source, &format!("{host}/team/one:t")).unwrap();
+    let mut from = format!("{host}/team/one:t");
+    let layout = temp.path().join("layout");
+    for (number, to) in
+        [format!("{host}/other/two:t"), format!("oci:{}:t", layout.display()), format!("{host}/third:t")]
+            .iter()
+            .enumerate()
+    {
+        shell(temp.path(), &format!("echo version {number} > tree/version"));
+        let mut next = request(&source, to);
+        next.reuse = vec![from.parse().unwrap()];
+        next.temp = temp.path().join("spool");
+        let report = run(&next).unwrap();
+        assert!(report.reused_bytes > 900_000 && report.new_bytes < first.stored_bytes / 4, "{to}: {report:?}");
+        // A full copy has everything that the manifest names.
+        let copy = Layout(temp.path().join(format!("copy-{number}")));
+        match to.strip_prefix("oci:") {
+            Some(_) => shell(temp.path(), &format!("skopeo --insecure-policy copy -q {to} oci:{}:t", copy.0.display())),
+            None => shell(
+                temp.path(),
+                &format!(
+                    "skopeo --insecure-policy copy -q --src-tls-verify=false docker://{to} oci:{}:t",
+                    copy.0.display()
+                ),
+            ),
+        }
+        let found = copy.tree(&report.digest.to_string(), temp.path());
+        assert_same(&nodes::read(&temp.path().join("tree")), &found, Compare::AcrossFileSystems);
+        from.clone_from(to);
+    }
+    assert!(std::fs::read_dir(temp.path().join("spool")).unwrap().next().is_none());
 }

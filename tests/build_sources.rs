@@ -210,3 +210,71 @@ fn a_second_version_reuses_the_packs_of_the_first() {
     let found = layout.tree(&second.digest.to_string(), temp.path());
     assert_same(&nodes::read(&temp.path().join("tree")), &found, Compare::AcrossFileSystems);
 }
+
+#[test]
+fn the_source_date_is_when_the_image_was_created_and_bounds_file_times() {
+    let temp = tempfile::tempdir().unwrap();
+    shell(
+        temp.path(),
+        "mkdir tree; echo a > tree/old; touch -d @1000.5 tree/old; echo b > tree/new; tar -C tree -cf tree.tar .",
+    );
+    let layout = Layout(temp.path().join("layout"));
+    let build = |source: String, date: Option<u64>| {
+        let mut request = request(&source, &format!("oci:{}:t", layout.0.display()));
+        request.source_date = date;
+        let report = run(&request).unwrap();
+        let manifest = layout.json(&report.digest.to_string());
+        let config = layout.json(manifest["config"]["digest"].as_str().unwrap());
+        let times: Vec<_> = layout
+            .tree(&report.digest.to_string(), temp.path())
+            .iter()
+            .map(|(path, node)| (String::from_utf8(path.clone()).unwrap(), node.mtime))
+            .collect();
+        (config, times)
+    };
+    let dir = format!("dir:{}", temp.path().join("tree").display());
+    let (config, times) = build(dir.clone(), Some(1_735_689_600));
+    assert_eq!(config["created"], "2025-01-01T00:00:00Z");
+    assert_eq!(config["history"][0]["created"], "2025-01-01T00:00:00Z");
+    let time = |name: &str, times: &[(String, (i64, u32))]| times.iter().find(|(path, _)| path == name).unwrap().1;
+    assert_eq!(time("old", &times), (1000, 500_000_000));
+    assert_eq!(time("new", &times), (1_735_689_600, 0));
+    assert_eq!(time("", &times), (1_735_689_600, 0));
+    // What a tar says is content.
+    let (config, times) = build(format!("tar:{}", temp.path().join("tree.tar").display()), Some(1_735_689_600));
+    assert_eq!(config["created"], "2025-01-01T00:00:00Z");
+    assert!(time("new", &times).0 > 1_735_689_600);
+    let (config, _) = build(dir, None);
+    assert_eq!(config["created"], "1970-01-01T00:00:00Z");
+}
+
+#[test]
+fn an_archive_is_the_layout_in_a_tar_and_replaces_what_was_there() {
+    let temp = tree();
+    let at = |name: &str| temp.path().join(name).display().to_string();
+    let spool = temp.path().join("spool");
+    std::fs::create_dir(&spool).unwrap();
+    std::fs::write(at("image.tar"), "in the way").unwrap();
+    let archive = |name: &str| {
+        let mut request = request(&format!("dir:{}", at("tree")), &format!("oci-archive:{}:t", at(name)));
+        request.temp = spool.clone();
+        run(&request)
+    };
+    let report = archive("image.tar").unwrap();
+    archive("again.tar").unwrap();
+    shell(temp.path(), "cmp image.tar again.tar; test -z \"$(ls -A spool)\"; test -z \"$(ls | grep partial)\"");
+    // skopeo reads it, and it is what a layout would be.
+    shell(
+        temp.path(),
+        "skopeo --insecure-policy copy -q oci-archive:image.tar:t oci:copy:t; mkdir layout; tar -C layout -xf image.tar",
+    );
+    for layout in ["copy", "layout"] {
+        assert_eq!(Layout(temp.path().join(layout)).top("t"), report.digest.to_string());
+    }
+    let found = Layout(temp.path().join("layout")).tree(&report.digest.to_string(), temp.path());
+    assert_same(&nodes::read(&temp.path().join("tree")), &found, Compare::AcrossFileSystems);
+    // What fails leaves nothing behind.
+    let error = archive("nowhere/image.tar").unwrap_err().to_string();
+    assert!(error.contains("nowhere/image.tar"), "{error}");
+    shell(temp.path(), "test -z \"$(ls -A spool)\"");
+}

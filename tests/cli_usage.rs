@@ -5,6 +5,7 @@
 mod program;
 
 use std::fs;
+use std::process::Command;
 
 use program::Node;
 use serde_json::json;
@@ -100,15 +101,17 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
 fn build_becomes_the_builder_beside_the_program() {
     let node = Node::new();
     let program = node.path().join("firstread");
-    fs::copy(env!("CARGO_BIN_EXE_firstread"), &program).unwrap();
-    let output = std::process::Command::new(&program).args(["build", "--json", "x"]).output().unwrap();
+    // Written by processes of their own: what another test forks meanwhile would hold this one's descriptors open for
+    // writing, and a file that is open for writing can't be executed (ETXTBSY).
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_firstread")).arg(&program).status().unwrap();
+    assert!(copied.success());
+    let output = Command::new(&program).args(["build", "--json", "x"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("firstread-build"));
     let builder = node.path().join("firstread-build");
-    fs::write(&builder, "#!/bin/sh\necho \"$@\"\nexit 7\n").unwrap();
-    fs::set_permissions(&builder, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let output =
-        std::process::Command::new(&program).args(["build", "--json", "--help", "dir:x", "-q"]).output().unwrap();
+    let script = r#"printf '#!/bin/sh\necho "$@"\nexit 7\n' >"$0" && chmod 755 "$0""#;
+    assert!(Command::new("sh").args(["-c", script]).arg(&builder).status().unwrap().success());
+    let output = Command::new(&program).args(["build", "--json", "--help", "dir:x", "-q"]).output().unwrap();
     assert_eq!(output.status.code(), Some(7));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "build --json --help dir:x -q\n");
 }

@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "common/nodes.rs"]
-#[allow(dead_code)]
 mod nodes;
 #[path = "common/program.rs"]
 mod program;

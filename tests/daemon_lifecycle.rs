@@ -6,7 +6,6 @@ mod image;
 #[path = "common/program.rs"]
 mod program;
 #[path = "common/random.rs"]
-#[allow(dead_code)]
 mod random;
 
 use std::fs;

@@ -10,7 +10,7 @@ mod random;
 use crash::{CrashDisk, Survivors};
 use firstread::chunk::{Verified, verify};
 use firstread::media::MediaDir;
-use firstread::pool::{Lookup, Pool, PoolOptions};
+use firstread::pool::{Admission, Amount, Lookup, Pool, PoolOptions};
 use firstread::{Digest, Result};
 use random::Random;
 
@@ -103,6 +103,70 @@ fn a_crash_at_any_change_costs_no_more_than_misses() {
         check(&disk.after_crash(Survivors::All), &chunks, durable);
         for seed in 0..4 {
             check(&disk.after_crash(Survivors::Some(last * 100 + seed)), &chunks, durable);
+        }
+    }
+}
+
+/// A life of a small pool: everything is evicted several times, slabs are emptied and removed, the journal is
+/// rewritten. Two chunks are pinned and synced; returns whether the power held that long.
+fn live_bounded(disk: &CrashDisk, chunks: &[Verified]) -> bool {
+    let Ok(pool) = open_bounded(disk) else { return false };
+    pool.pin(chunks[..2].iter().map(Verified::digest));
+    admit_all(&pool, &chunks[..2]);
+    let durable = pool.sync().is_ok() && !disk.is_off();
+    for chunk in &chunks[2..] {
+        pool.admit(chunk);
+        read_right(&pool, &chunks[2]);
+    }
+    drop(pool);
+    let Ok(pool) = open_bounded(disk) else { return durable };
+    pool.pin(chunks[..2].iter().map(Verified::digest));
+    admit_all(&pool, &chunks[2..40]);
+    let stat = pool.stat();
+    assert!(disk.is_off() || (stat.evicted > 20 && read_right(&pool, &chunks[0])), "{stat:?}");
+    durable
+}
+
+fn open_bounded(disk: &CrashDisk) -> Result<Pool> {
+    let options = PoolOptions {
+        limit: Some(Amount::Bytes(1 << 20)),
+        slab_bytes: 2 << 20,
+        journal_records: 20,
+        ..PoolOptions::default()
+    };
+    Pool::open_on(disk.dir(), "under test", &options)
+}
+
+#[test]
+fn a_crash_while_chunks_are_evicted_and_the_journal_is_rewritten() {
+    let mut random = Random(2);
+    let chunk = |number: u64| {
+        let bytes = random.bytes(if number < 2 { 5000 } else { 60_000 + 3000 * number as usize % 50_000 });
+        verify(&Digest::of(&bytes), bytes).unwrap()
+    };
+    let chunks: Vec<_> = (0..60).map(chunk).collect();
+    let disk = CrashDisk::new();
+    assert!(live_bounded(&disk, &chunks));
+    let names = disk.names().unwrap();
+    assert!(!names.contains(&"slab-00000000".to_owned()), "the first slab was emptied: {names:?}");
+    let changes = disk.changes();
+    for last in 1..=changes {
+        let disk = CrashDisk::new();
+        disk.cut_power_after(last);
+        let durable = live_bounded(&disk, &chunks);
+        let seeds = (0..1).map(|seed| Survivors::Some(last * 100 + seed));
+        for survivors in [Survivors::All].into_iter().chain(seeds) {
+            let disk = disk.after_crash(survivors);
+            let pool = open_bounded(&disk).expect("a pool always opens");
+            pool.pin(chunks[..2].iter().map(Verified::digest));
+            let there = chunks.iter().filter(|chunk| read_right(&pool, chunk)).count();
+            assert!(there <= chunks.len());
+            assert!(!durable || read_right(&pool, &chunks[0]) && read_right(&pool, &chunks[1]), "{last} {survivors:?}");
+            for chunk in &chunks[30..] {
+                assert_ne!(pool.admit(chunk), Admission::NotKept, "{last} {survivors:?}");
+                assert!(read_right(&pool, chunk), "admitted and gone");
+            }
+            assert!(pool.stat().bytes <= 1 << 20);
         }
     }
 }

@@ -4,15 +4,19 @@ use clap::Args;
 
 use super::Outcome;
 use super::options::{Global, start_log};
-use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer, Size};
+use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer};
 use crate::daemon::startup::{self, Start};
+use crate::pool::Amount;
 
 /// Arguments of the verb.
 #[derive(Debug, Args)]
 pub struct Daemon {
-    /// Largest size of the pool, e.g. 20G [setting pool.limit; default: none]
+    /// Largest size of the pool, e.g. 20G, or 10% of its disk [setting pool.limit; default: none]
     #[arg(long, value_name = "SIZE")]
-    pool_limit: Option<Size>,
+    pool_limit: Option<Amount>,
+    /// What the pool leaves free on its disk, e.g. 10G or 10% [setting pool.keep_free; default: 5%]
+    #[arg(long, value_name = "SIZE")]
+    pool_keep_free: Option<Amount>,
     /// How long a read waits for an unreachable source, e.g. 60s, or `wait` [setting fetch.on_outage; default: 60s]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
@@ -28,7 +32,7 @@ impl Daemon {
     /// What keeps it from starting.
     pub fn run(self, global: Global) -> Outcome {
         let flags = Layer {
-            pool: PoolLayer { limit: self.pool_limit },
+            pool: PoolLayer { limit: self.pool_limit, keep_free: self.pool_keep_free },
             fetch: FetchLayer { on_outage: self.on_outage },
             ..global.layer()
         };

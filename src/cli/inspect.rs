@@ -38,7 +38,17 @@ struct Inspection {
     plain_bytes: u64,
     stored_bytes: u64,
     index_bytes: u64,
+    /// The dm-verity tree on the device, if it has one.
+    verity: Option<VerityTree>,
     packs: Vec<Pack>,
+}
+
+/// What `veritysetup` needs to know.
+#[derive(Debug, Serialize)]
+struct VerityTree {
+    root: String,
+    /// Offset of the tree on the device.
+    offset: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -133,6 +143,7 @@ fn inspect(image: &Image) -> Inspection {
         plain_bytes,
         stored_bytes: chunk_bytes,
         index_bytes: image.layers.index.index_bytes,
+        verity: image.layers.index.verity.map(|verity| VerityTree { root: verity.root.hex(), offset: verity.offset }),
         packs,
     }
 }
@@ -148,6 +159,10 @@ fn text(found: &Inspection) -> String {
         ("stored", size(found.stored_bytes)),
         ("index", size(found.index_bytes)),
     ]);
+    if let Some(verity) = &found.verity {
+        text.push('\n');
+        text.push_str(&fields([("verity root", verity.root.clone()), ("verity offset", verity.offset.to_string())]));
+    }
     text.push('\n');
     let row =
         |pack: &Pack| [pack.role.to_owned(), pack.chunks.to_string(), size(pack.stored_bytes), pack.digest.clone()];

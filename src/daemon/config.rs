@@ -12,12 +12,16 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::control::{Kind, Problem};
 pub use crate::fetch::Patience;
+use crate::pool::Amount;
 
 /// Where the configuration is when nobody says otherwise; it need not exist.
 pub const DEFAULT_FILE: &str = "/etc/firstread/config.toml";
 
 /// The environment variable that names the configuration file.
 pub const FILE_VARIABLE: &str = "FIRSTREAD_CONFIG";
+
+/// What the pool leaves to others of its disk when nobody says otherwise.
+const DEFAULT_KEEP_FREE: Amount = Amount::Percent(5);
 
 /// What one layer (the flags, the environment, the file) sets. `None`: ask the next layer.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -42,7 +46,9 @@ pub struct Layer {
 #[serde(default, deny_unknown_fields)]
 pub struct PoolLayer {
     /// Largest size of the pool.
-    pub limit: Option<Size>,
+    pub limit: Option<Amount>,
+    /// What the pool leaves to others of its disk.
+    pub keep_free: Option<Amount>,
 }
 
 /// The part `fetch` of a [`Layer`].
@@ -72,8 +78,10 @@ pub struct Config {
     pub run: PathBuf,
     /// What is logged.
     pub log: String,
-    /// Largest size of the pool in bytes; `None`: unbounded.
-    pub pool_limit: Option<u64>,
+    /// Largest size of the pool; `None`: unbounded.
+    pub pool_limit: Option<Amount>,
+    /// What the pool leaves to others of its disk.
+    pub pool_keep_free: Amount,
     /// How long a read waits for a source that is unreachable.
     pub on_outage: Patience,
     /// HTTP without TLS for every host.
@@ -83,11 +91,12 @@ pub struct Config {
 }
 
 /// Every key, its environment variable, and how it gets into a layer.
-const KEYS: [(&str, &str, Setter); 7] = [
+const KEYS: [(&str, &str, Setter); 8] = [
     ("root", "FIRSTREAD_ROOT", |layer, value| put_path(&mut layer.root, value)),
     ("run", "FIRSTREAD_RUN", |layer, value| put_path(&mut layer.run, value)),
     ("log", "FIRSTREAD_LOG", |layer, value| put(&mut layer.log, value)),
     ("pool.limit", "FIRSTREAD_POOL_LIMIT", |layer, value| put(&mut layer.pool.limit, value)),
+    ("pool.keep_free", "FIRSTREAD_POOL_KEEP_FREE", |layer, value| put(&mut layer.pool.keep_free, value)),
     ("fetch.on_outage", "FIRSTREAD_FETCH_ON_OUTAGE", |layer, value| put(&mut layer.fetch.on_outage, value)),
     ("registry.plain_http", "FIRSTREAD_REGISTRY_PLAIN_HTTP", |layer, value| put(&mut layer.registry.plain_http, value)),
     ("registry.docker_config", "FIRSTREAD_REGISTRY_DOCKER_CONFIG", |layer, value| {
@@ -147,7 +156,10 @@ impl Layer {
             root: self.root.or(next.root),
             run: self.run.or(next.run),
             log: self.log.or(next.log),
-            pool: PoolLayer { limit: self.pool.limit.or(next.pool.limit) },
+            pool: PoolLayer {
+                limit: self.pool.limit.or(next.pool.limit),
+                keep_free: self.pool.keep_free.or(next.pool.keep_free),
+            },
             fetch: FetchLayer { on_outage: self.fetch.on_outage.or(next.fetch.on_outage) },
             registry: RegistryLayer {
                 plain_http: self.registry.plain_http.or(next.registry.plain_http),
@@ -163,7 +175,8 @@ impl Layer {
             root: self.root.unwrap_or_else(|| "/var/lib/firstread".into()),
             run: self.run.unwrap_or_else(|| "/run/firstread".into()),
             log: self.log.unwrap_or_else(|| "info".to_owned()),
-            pool_limit: self.pool.limit.map(|size| size.0),
+            pool_limit: self.pool.limit,
+            pool_keep_free: self.pool.keep_free.unwrap_or(DEFAULT_KEEP_FREE),
             on_outage: self.fetch.on_outage.unwrap_or(Patience::For(Duration::from_secs(60))),
             plain_http: self.registry.plain_http.is_some_and(|switch| switch.0),
             docker_config: self.registry.docker_config,
@@ -218,6 +231,19 @@ impl FromStr for Size {
     }
 }
 
+/// A [`Size`], or a part of the disk: `20%`.
+impl FromStr for Amount {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some(number) = text.strip_suffix('%') else { return text.parse().map(|Size(bytes)| Self::Bytes(bytes)) };
+        match number.trim().parse() {
+            Ok(percent @ 0..=100) => Ok(Self::Percent(percent)),
+            _ => Err(format!("{text:?} is no part of a disk: write 0% to 100%")),
+        }
+    }
+}
+
 /// Yes or no.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Switch(pub bool);
@@ -253,7 +279,7 @@ macro_rules! deserialize_from_text {
         }
     )*};
 }
-deserialize_from_text!(Size, Patience, Switch);
+deserialize_from_text!(Amount, Patience, Switch);
 
 impl Serialize for Patience {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -280,13 +306,14 @@ mod tests {
         assert_eq!(config.root, Path::new("/flag"));
         assert_eq!(config.run, Path::new("/env"));
         assert_eq!(config.log, "warn");
-        assert_eq!(config.pool_limit, Some(3 << 30));
+        assert_eq!(config.pool_limit, Some(Amount::Bytes(3 << 30)));
+        assert_eq!(config.pool_keep_free, Amount::Percent(5));
         assert_eq!(config.on_outage, Patience::For(Duration::from_secs(60)));
     }
 
     #[test]
     fn every_key_has_a_variable_named_after_it() {
-        let values = ["/r", "/u", "debug", "5M", "wait", "true", "/d"];
+        let values = ["/r", "/u", "debug", "5M", "20%", "wait", "true", "/d"];
         for ((key, name, set), value) in KEYS.into_iter().zip(values) {
             assert_eq!(name, format!("FIRSTREAD_{}", key.replace('.', "_").to_uppercase()));
             let mut by_variable = Layer::default();
@@ -307,6 +334,8 @@ mod tests {
         let error = toml::from_str::<Layer>("[pool]\nlimt = 3").unwrap_err().to_string();
         assert!(error.contains("limt"), "{error}");
         assert!("99999999999T".parse::<Size>().is_err());
+        assert!("101%".parse::<Amount>().is_err());
+        assert_eq!("12%".parse(), Ok(Amount::Percent(12)));
         assert_eq!("0".parse(), Ok(Size(0)));
         assert_eq!("2 GiB".parse(), Ok(Size(2 << 30)));
         assert_eq!("5m".parse(), Ok(Patience::For(Duration::from_secs(300))));

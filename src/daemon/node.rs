@@ -40,7 +40,8 @@ impl Node {
     /// # Errors
     /// A pool that another process owns, or that can't be made.
     pub fn open(config: Config, records: Records, lost: Vec<Record>) -> Result<Arc<Self>> {
-        let options = PoolOptions { limit: config.pool_limit, ..PoolOptions::default() };
+        let options =
+            PoolOptions { limit: config.pool_limit, keep_free: config.pool_keep_free, ..PoolOptions::default() };
         let pool = Arc::new(Pool::open(&config.root.join("pool"), &options)?);
         let on_outage = config.on_outage.limit();
         let fetcher = Fetcher::new(Arc::clone(&pool), FetchOptions { on_outage, ..FetchOptions::default() });

@@ -13,6 +13,10 @@ pub const DIGEST: &str = "containerd.io/snapshot/firstread/digest";
 pub const INDEX_DIGEST: &str = "containerd.io/snapshot/firstread/index-digest";
 /// On the index layer: length of the plain index in bytes, decimal.
 pub const INDEX_BYTES: &str = "containerd.io/snapshot/firstread/index-bytes";
+/// On the index layer of a device with a dm-verity tree: its root hash, 64 hexadecimal digits.
+pub const VERITY_ROOT: &str = "containerd.io/snapshot/firstread/verity-root";
+/// On the index layer of a device with a dm-verity tree: where the tree's superblock is on the device, in bytes, decimal.
+pub const VERITY_OFFSET: &str = "containerd.io/snapshot/firstread/verity-offset";
 
 /// The version that this program writes and reads.
 pub const VERSION_1: &str = "1";

@@ -18,6 +18,17 @@ pub struct IndexLayer {
     pub index_digest: Digest,
     /// Length of the plain index in bytes, at most [`MAX_INDEX_BYTES`].
     pub index_bytes: u64,
+    /// The dm-verity tree on the device.
+    pub verity: Option<Verity>,
+}
+
+/// Where a dm-verity tree is, and what it must hash to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verity {
+    /// The root hash.
+    pub root: Digest,
+    /// Offset of the tree's superblock on the device in bytes; before it is what the tree protects.
+    pub offset: u64,
 }
 
 /// The layers of a firstread image.
@@ -81,7 +92,15 @@ fn index_layer(layer: &Descriptor, digest: Digest) -> Result<IndexLayer> {
     if layer.size() == 0 || layer.size() > index_bytes + index_bytes / 64 + (1 << 20) {
         return Err(invalid(format!("its index layer has {} bytes for {index_bytes} plain ones", layer.size())));
     }
-    Ok(IndexLayer { digest, bytes: layer.size(), index_digest, index_bytes })
+    let verity = match (text(layer, annotation::VERITY_ROOT), text(layer, annotation::VERITY_OFFSET)) {
+        (Some(root), Some(offset)) => Some(Verity {
+            root: format!("sha256:{root}").parse()?,
+            offset: offset.parse().map_err(|_| invalid(format!("its verity tree is at {offset:?}")))?,
+        }),
+        (None, None) => None,
+        _ => return Err(invalid("its verity tree lacks its root hash or its place")),
+    };
+    Ok(IndexLayer { digest, bytes: layer.size(), index_digest, index_bytes, verity })
 }
 
 fn text<'a>(layer: &'a Descriptor, name: &str) -> Option<&'a str> {

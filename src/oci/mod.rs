@@ -11,5 +11,5 @@ mod reference;
 pub use document::{
     Config, Document, MAX_CONFIG_BYTES, MAX_DOCUMENT_BYTES, Platform, canonical_json, descriptor_digest, media_type,
 };
-pub use layers::{IndexLayer, Layers};
+pub use layers::{IndexLayer, Layers, Verity};
 pub use reference::{Reference, RegistryReference};

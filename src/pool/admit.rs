@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::record::{ALIGN, Kind, Record, room};
-use super::shards::Trust;
-use super::slab::{SLAB_MAX, Slab};
+use super::shards::{At, Trust};
+use super::slab::{Appending, SLAB_MAX, Slab};
 use super::{Pool, PoolOptions};
-use crate::chunk::{CHUNK_MAX, Verified};
+use crate::chunk::{CHUNK_MAX, Digest, Verified};
 
 /// Names that are tried for a new slab when files that are not the pool's have them.
 const NAME_ATTEMPTS: u32 = 1000;
@@ -20,7 +20,7 @@ pub enum Admission {
     Kept,
     /// It was there, or another thread is about to put it there.
     Present,
-    /// The disk does not take it: reads of it go on uncached.
+    /// The disk does not take it, or nothing can be evicted for it: reads of it go on uncached.
     NotKept,
 }
 
@@ -41,9 +41,23 @@ pub(super) struct OpenSlab {
     pub next_record: u32,
 }
 
+/// A chunk whose data is written.
+pub(super) struct Written {
+    pub slab: Appending,
+    pub digest: Digest,
+    pub at: At,
+}
+
+impl Written {
+    /// Offset in the slab in bytes.
+    pub fn offset(&self) -> u64 {
+        u64::from(self.at.block) * ALIGN
+    }
+}
+
 /// Room taken for one chunk.
 struct Room {
-    slab: Arc<Slab>,
+    slab: Appending,
     slot: u32,
     offset: u64,
     record: u32,
@@ -56,7 +70,7 @@ impl Writer {
         if end > open.slab.bytes() || open.next_record >= open.slab.records() {
             return None;
         }
-        let room = Room { slab: Arc::clone(&open.slab), slot: open.slot, offset: open.next, record: open.next_record };
+        let room = Room { slab: open.slab.append(), slot: open.slot, offset: open.next, record: open.next_record };
         open.next = end;
         open.next_record += 1;
         Some(room)
@@ -71,6 +85,11 @@ impl Writer {
             open.next = taken.offset;
             open.next_record = taken.record;
         }
+    }
+
+    /// Whether `slab` is the one that is appended to.
+    pub fn has_open(&self, slab: &Arc<Slab>) -> bool {
+        self.open.as_ref().is_some_and(|open| Arc::ptr_eq(&open.slab, slab))
     }
 
     /// Appends nothing more to `slab`.
@@ -117,9 +136,11 @@ impl Pool {
         if self.shards.contains(chunk.digest()) {
             return Admission::Present;
         }
+        let Some(_reserved) = self.reserve(len) else { return Admission::NotKept };
         match self.append(chunk, len) {
             Ok(()) => {
                 self.health.good(&self.name, len);
+                self.compact_journal();
                 Admission::Kept
             }
             Err(error) => {
@@ -132,15 +153,28 @@ impl Pool {
     /// Data, then the index, then the records: a chunk is found only after it was written, and a record that can't be
     /// written costs no more than a fetch after the next start.
     fn append(&self, chunk: &Verified, len: u32) -> io::Result<()> {
+        let written = self.write(chunk, len)?;
+        self.shards.insert(chunk.digest(), written.at, Trust::Checked);
+        self.announce(&written)
+    }
+
+    /// Writes a chunk to room that was taken for it. Nobody finds it yet.
+    pub(super) fn write(&self, chunk: &Verified, len: u32) -> io::Result<Written> {
         let room = self.take_room(len)?;
         if let Err(error) = room.slab.write(room.offset, chunk.bytes()) {
             self.writer.lock().give_back(&room, len);
             return Err(error);
         }
-        let block = (room.offset / ALIGN) as u32;
-        self.shards.insert(chunk.digest(), room.slot, block, len, Trust::Checked);
-        let record = Record { kind: Kind::Admit, digest: *chunk.digest(), slab: room.slab.number, block, len };
-        room.slab.write_record(room.record, &record)?;
+        let at = At { slot: room.slot, block: (room.offset / ALIGN) as u32, len, row: room.record + 1 };
+        Ok(Written { slab: room.slab, digest: *chunk.digest(), at })
+    }
+
+    /// Writes the records of a chunk that is in the index.
+    pub(super) fn announce(&self, written: &Written) -> io::Result<()> {
+        let Written { slab, digest, at } = written;
+        let At { block, len, row, .. } = *at;
+        let record = Record { kind: Kind::Admit, digest: *digest, slab: slab.number, block, len, row };
+        slab.write_record(row - 1, &record)?;
         match &self.journal {
             Some(journal) => journal.append(&record),
             None => Ok(()),
@@ -167,12 +201,17 @@ impl Pool {
             writer.next_number = slab.number.saturating_add(1);
             let slot = self.shards.add_slab(&slab);
             let next = slab.data_start();
-            writer.open = Some(OpenSlab { slab, slot, next, next_record: 0 });
+            let full = writer.open.replace(OpenSlab { slab, slot, next, next_record: 0 });
+            drop(writer);
+            if let Some(full) = full {
+                // All of it may have been evicted already.
+                self.retire(&full.slab, full.slot);
+            }
         }
     }
 
     fn create_slab(&self, number: u32) -> io::Result<Slab> {
-        let bytes = slab_bytes(&self.options, self.shards.bytes());
+        let bytes = slab_bytes(&self.options, self.bound.limit, self.shards.bytes());
         for number in number..number.saturating_add(NAME_ATTEMPTS) {
             match Slab::create(&*self.dir, number, bytes) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
@@ -184,8 +223,9 @@ impl Pool {
 }
 
 /// Bytes of the next slab of a pool that has `pool` bytes: the number of slabs, each an open file, grows with the
-/// pool's logarithm.
-fn slab_bytes(options: &PoolOptions, pool: u64) -> u64 {
+/// pool's logarithm. A small limit makes for small slabs, since the last one is never removed.
+fn slab_bytes(options: &PoolOptions, limit: Option<u64>, pool: u64) -> u64 {
     let grown = (pool / 128).checked_next_power_of_two().unwrap_or(SLAB_MAX);
-    options.slab_bytes.max(grown).clamp(2 << 20, SLAB_MAX).next_multiple_of(1 << 20)
+    let most = limit.map_or(SLAB_MAX, |limit| limit / 8).clamp(2 << 20, SLAB_MAX);
+    options.slab_bytes.max(grown).clamp(2 << 20, most).next_multiple_of(1 << 20)
 }

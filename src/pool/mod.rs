@@ -12,14 +12,19 @@
 //!   buffer.
 //! * Trouble with the disk is never the reader's: it is a miss, or a chunk that is not kept, and one event.
 //!
-//! Eviction, when a limit is set, will take place in [`Pool::admit`], before room is taken for a chunk. A place that
-//! is given up may be used again only when the last `Arc<Slab>` that readers took from the index before is gone.
+//! * A place is given up after the index forgot it, and is never another chunk's. A reader that finds that places of
+//!   the slab were given up while it read asks the index again: right bytes, or a miss.
+//!
+//! Eviction (`bound`, `clock`) takes place in [`Pool::admit`], before room is taken for a chunk.
 
 mod admit;
+mod bound;
 mod claims;
+mod clock;
 mod journal;
 mod open;
 mod owner;
+mod pins;
 mod record;
 mod shards;
 mod slab;
@@ -32,30 +37,36 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 pub use admit::Admission;
+pub use bound::Amount;
 
 use crate::chunk::{Digest, Mismatch, Verified, verify};
 use crate::error::{Error, Result};
 use crate::media::{Directory, MediaDir};
 use admit::{Health, Writer};
+use bound::Bound;
 use claims::Claims;
 use journal::Journal;
 use owner::Owner;
-use record::{Kind, Record};
+use pins::Pins;
 use shards::{Place, Shards, Trust};
 
 /// How a pool is kept.
 #[derive(Clone, Debug)]
 pub struct PoolOptions {
-    /// Bytes that the pool may take. Not enforced yet.
-    pub limit: Option<u64>,
+    /// What the pool may take, with its tables and its journal.
+    pub limit: Option<Amount>,
+    /// What is left to others of the disk: the pool shrinks when they fill it.
+    pub keep_free: Amount,
     /// Bytes of a new slab at least; pools of many GiB make larger ones, so that there are never more than some
     /// hundred files.
     pub slab_bytes: u64,
+    /// Records that the journal has at least before it is rewritten.
+    pub journal_records: u64,
 }
 
 impl Default for PoolOptions {
     fn default() -> Self {
-        Self { limit: None, slab_bytes: 64 << 20 }
+        Self { limit: None, keep_free: Amount::Bytes(0), slab_bytes: 64 << 20, journal_records: 4096 }
     }
 }
 
@@ -102,6 +113,8 @@ pub struct Pool {
     journal: Option<Journal>,
     health: Health,
     quarantined: AtomicU64,
+    bound: Bound,
+    pins: Pins,
     /// Declared last: the lock is released when the files are closed.
     owner: Option<Owner>,
 }
@@ -149,7 +162,8 @@ impl Pool {
             }
             if place.trust == Trust::Checked {
                 return match place.slab.read(place.offset() + u64::from(skip), buf) {
-                    Ok(()) => Lookup::Hit,
+                    Ok(()) if place.is_intact() || self.shards.is_at(digest, &place) => Lookup::Hit,
+                    Ok(()) => continue,
                     Err(error) => {
                         self.unreadable(digest, &place, &error);
                         Lookup::Miss
@@ -215,13 +229,8 @@ impl Pool {
 
     /// Takes a chunk out of the pool; false if somebody did before.
     fn drop_chunk(&self, digest: &Digest, place: &Place) -> bool {
-        if !self.shards.remove(digest, place.slot, place.block) {
-            return false;
-        }
-        let (slab, block, len) = (place.slab.number, place.block, place.len);
-        let record = Record { kind: Kind::Drop, digest: *digest, slab, block, len };
-        // Without the record the chunk is only found out and dropped once more after the next start.
-        let _ = self.journal.as_ref().map(|journal| journal.append(&record));
+        let Some(at) = self.shards.remove(digest, place.slot, place.block) else { return false };
+        self.give_up(digest, &place.slab, at);
         true
     }
 
@@ -231,28 +240,45 @@ impl Pool {
         self.shards.contains(digest)
     }
 
+    /// Writes a new journal when most of its records say nothing any more.
+    fn compact_journal(&self) {
+        let Some(journal) = &self.journal else { return };
+        if !journal.begin_compaction(self.shards.chunks(), self.options.journal_records) {
+            return;
+        }
+        let next_slab = self.writer.lock().next_number;
+        if let Err(error) = journal.compact(&*self.dir, next_slab, self.shards.records()) {
+            tracing::warn!(pool = %self.name, %error, "the pool's journal can't be rewritten; it grows on");
+        }
+    }
+
     /// Makes everything durable that was admitted so far. Needed for nothing but warm starts after a power loss.
     ///
     /// # Errors
     /// [`Error::Io`]; when the data of a slab may be lost, its chunks were dropped.
     pub fn sync(&self) -> Result<()> {
         let failed = |error| Error::io(format!("syncing the pool {}", self.name), error);
-        let mut result = Ok(());
-        for (slot, slab) in self.shards.slabs().iter().enumerate() {
-            if let Err(error) = slab.sync() {
-                self.writer.lock().close(slab);
-                let chunks = self.shards.clear_slab(slot as u32);
-                tracing::warn!(
-                    pool = %self.name, slab = slab.number, chunks, %error,
-                    "the disk lost data of a slab: its chunks were dropped and will be fetched again"
-                );
-                result = Err(failed(error));
-            }
-        }
+        let result = self.sync_slabs();
         if let Some(journal) = &self.journal {
             journal.sync().map_err(failed)?;
         }
         self.dir.sync().map_err(failed)?;
+        result.map_err(failed)
+    }
+
+    fn sync_slabs(&self) -> io::Result<()> {
+        let mut result = Ok(());
+        for (slot, slab) in self.shards.slabs() {
+            if let Err(error) = slab.sync() {
+                self.writer.lock().close(&slab);
+                let chunks = self.shards.clear_slab(slot);
+                tracing::warn!(
+                    pool = %self.name, slab = slab.number, chunks, %error,
+                    "the disk lost data of a slab: its chunks were dropped and will be fetched again"
+                );
+                result = Err(error);
+            }
+        }
         result
     }
 
@@ -262,11 +288,11 @@ impl Pool {
         let (hits, misses) = self.shards.counts();
         PoolStat {
             bytes: self.shards.bytes(),
-            limit: self.options.limit,
+            limit: self.bound.limit,
             chunks: self.shards.chunks(),
             hits,
             misses,
-            evicted: 0,
+            evicted: self.bound.evicted.load(Relaxed),
             quarantined: self.quarantined.load(Relaxed),
         }
     }

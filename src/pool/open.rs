@@ -7,10 +7,12 @@ use std::sync::atomic::AtomicU64;
 use parking_lot::Mutex;
 
 use super::admit::{Health, OpenSlab, Writer};
+use super::bound::Bound;
 use super::claims::Claims;
 use super::journal::{Found, Journal};
+use super::pins::Pins;
 use super::record::{ALIGN, Kind, Record};
-use super::shards::{Shards, Trust};
+use super::shards::{At, Shards, Trust};
 use super::slab::{self, Slab, Unusable};
 use super::{Pool, PoolOptions};
 use crate::error::{Error, Result};
@@ -54,7 +56,8 @@ impl Pool {
         let last = slabs.keys().copied().max().max(last_number);
         let open = slabs.values().max_by_key(|present| present.slab.number).and_then(continued);
         let next_number = last.map_or(0, |number| number.saturating_add(1));
-        Ok(Self {
+        let bound = Bound::new(&*dir, options);
+        let pool = Self {
             dir,
             name: name.to_owned(),
             options: options.clone(),
@@ -64,8 +67,17 @@ impl Pool {
             journal,
             health: Health::default(),
             quarantined: AtomicU64::new(0),
+            bound,
+            pins: Pins::default(),
             owner: None,
-        })
+        };
+        // What a crash left behind, or what was evicted last; after a limit was lowered, the rest goes as chunks come.
+        for (slot, slab) in pool.shards.slabs() {
+            if slab.live() == 0 {
+                pool.retire(&slab, slot);
+            }
+        }
+        Ok(pool)
     }
 }
 
@@ -77,7 +89,8 @@ fn recover(dir: &dyn MediaDir, name: &str, slabs: &Slabs, shards: &Shards) -> (O
         Found::Absent if slabs.is_empty() => None,
         Found::Absent => Some("there is none".to_owned()),
         Found::Unusable(reason) => Some(reason),
-        Found::Journal(journal) => {
+        Found::Journal(journal, next_slab) => {
+            last = next_slab.checked_sub(1);
             let replayed = journal.replay(|record| {
                 last = last.max(Some(record.slab));
                 replay(&record, slabs, shards);
@@ -104,7 +117,7 @@ fn recover(dir: &dyn MediaDir, name: &str, slabs: &Slabs, shards: &Shards) -> (O
         let chunks = shards.chunks();
         tracing::warn!(pool = name, reason, chunks, "the pool's journal can't be used; it was rebuilt from the slabs");
     }
-    match Journal::create(dir, shards.records()) {
+    match Journal::create(dir, 0, shards.records()) {
         Ok(journal) => (Some(journal), last),
         Err(error) => {
             tracing::warn!(pool = name, %error, "the pool has no journal until its next start");
@@ -120,11 +133,12 @@ fn replay(record: &Record, slabs: &Slabs, shards: &Shards) {
             shards.remove(&record.digest, present.slot, record.block);
         }
         Kind::Admit if present.slab.holds(record, present.len) => {
-            if !shards.insert(&record.digest, present.slot, record.block, record.len, Trust::Unchecked)
-                && let Some(earlier) = shards.find(&record.digest)
+            let at = At { slot: present.slot, block: record.block, len: record.len, row: record.row };
+            if !shards.insert(&record.digest, at, Trust::Unchecked)
+                && let Some(earlier) = shards.peek(&record.digest)
             {
                 shards.remove(&record.digest, earlier.slot, earlier.block);
-                shards.insert(&record.digest, present.slot, record.block, record.len, Trust::Unchecked);
+                shards.insert(&record.digest, at, Trust::Unchecked);
             }
         }
         Kind::Admit => {}

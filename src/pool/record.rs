@@ -30,7 +30,8 @@ struct RawRecord {
     block: U32,
     len: U32,
     kind: U32,
-    reserved: [u8; 12],
+    row: U32,
+    reserved: [u8; 8],
     checksum: U32,
 }
 
@@ -64,6 +65,8 @@ pub(super) struct Record {
     pub block: u32,
     /// Plain length in bytes, 1 to [`CHUNK_MAX`].
     pub len: u32,
+    /// Which record of the slab's table the chunk has, counted from 1; 0 if that is not known.
+    pub row: u32,
 }
 
 impl Record {
@@ -79,7 +82,8 @@ impl Record {
                 Kind::Drop => KIND_DROP,
             }
             .into(),
-            reserved: [0; 12],
+            row: self.row.into(),
+            reserved: [0; 8],
             checksum: 0.into(),
         };
         raw.checksum = checksum(number, raw.as_bytes()).into();
@@ -98,7 +102,7 @@ impl Record {
             _ => return None,
         };
         let (slab, block, len) = (raw.slab.get(), raw.block.get(), raw.len.get());
-        Some(Self { kind, digest: Digest::from_bytes(raw.digest), slab, block, len })
+        Some(Self { kind, digest: Digest::from_bytes(raw.digest), slab, block, len, row: raw.row.get() })
     }
 
     /// Offset in the slab in bytes.
@@ -197,7 +201,7 @@ mod tests {
     use super::*;
 
     const RECORD_OF_ABC: Record =
-        Record { kind: Kind::Admit, digest: Digest::from_bytes([7; 32]), slab: 3, block: 65, len: 5000 };
+        Record { kind: Kind::Admit, digest: Digest::from_bytes([7; 32]), slab: 3, block: 65, len: 5000, row: 4 };
 
     #[test]
     fn crc32c_of_the_standard_check_string() {

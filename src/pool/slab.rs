@@ -2,7 +2,9 @@
 #![deny(clippy::indexing_slicing)]
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{Ordering::Relaxed, fence};
 
 use super::record::{ALIGN, BODY, Header, Kind, RECORD, Record, SLAB_MAGIC, VERSION};
 use crate::media::{Media, MediaDir};
@@ -25,6 +27,31 @@ pub(super) struct Slab {
     dirty: AtomicBool,
     /// Whether a failed read of this slab was already reported.
     reported: AtomicBool,
+    /// Bytes of the places that the index knows.
+    live: AtomicU64,
+    /// Appends that took room and did not publish it yet.
+    writers: AtomicU32,
+    /// How often a place was given up.
+    epoch: AtomicU32,
+    /// Whether the slab is being emptied, or could not be.
+    retiring: AtomicBool,
+}
+
+/// An append to a slab that is under way.
+pub(super) struct Appending(Arc<Slab>);
+
+impl Drop for Appending {
+    fn drop(&mut self) {
+        self.0.writers.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl std::ops::Deref for Appending {
+    type Target = Arc<Slab>;
+
+    fn deref(&self) -> &Arc<Slab> {
+        &self.0
+    }
 }
 
 /// Why a file with a slab's name is not used.
@@ -65,7 +92,18 @@ impl Slab {
     }
 
     fn with(number: u32, media: Box<dyn Media>, bytes: u64, records: u32) -> Self {
-        Self { number, media, bytes, records, dirty: AtomicBool::default(), reported: AtomicBool::default() }
+        Self {
+            number,
+            media,
+            bytes,
+            records,
+            dirty: AtomicBool::default(),
+            reported: AtomicBool::default(),
+            live: AtomicU64::default(),
+            writers: AtomicU32::default(),
+            epoch: AtomicU32::default(),
+            retiring: AtomicBool::default(),
+        }
     }
 
     /// Opens slab `number`.
@@ -155,12 +193,66 @@ impl Slab {
                     && record.kind == Kind::Admit
                     && record.slab == self.number
                 {
-                    found(record);
+                    found(Record { row: (number + 1) as u32, ..record });
                 }
                 number += 1;
             }
         }
         Ok(used as u32)
+    }
+
+    /// Begins an append; the slab is not removed while it lasts.
+    pub fn append(self: &Arc<Self>) -> Appending {
+        self.writers.fetch_add(1, Relaxed);
+        Appending(Arc::clone(self))
+    }
+
+    /// Whether an append is under way.
+    pub fn is_appended_to(&self) -> bool {
+        self.writers.load(Ordering::Acquire) > 0
+    }
+
+    /// Says that the index has `bytes` more here.
+    pub fn gained(&self, bytes: u64) {
+        self.live.fetch_add(bytes, Relaxed);
+    }
+
+    /// Says that the index has `bytes` less here.
+    pub fn lost(&self, bytes: u64) {
+        self.live.fetch_sub(bytes, Relaxed);
+    }
+
+    /// Bytes of the places that the index knows.
+    pub fn live(&self) -> u64 {
+        self.live.load(Relaxed)
+    }
+
+    /// What [`Self::is_unchanged`] compares. Taken while the index has the place that is read.
+    pub fn epoch(&self) -> u32 {
+        self.epoch.load(Relaxed)
+    }
+
+    /// Whether no place of the slab was given up between [`Self::epoch`] and now: what was read meanwhile is what was
+    /// written there.
+    pub fn is_unchanged(&self, epoch: u32) -> bool {
+        fence(Ordering::Acquire);
+        self.epoch.load(Relaxed) == epoch
+    }
+
+    /// Gives the blocks of a place back, which the index does not have any more, and its row in the table. Who is
+    /// reading there finds the epoch changed.
+    pub fn give_up(&self, offset: u64, len: u64, row: u32) -> io::Result<()> {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        self.media.punch(offset, len)?;
+        if (1..=self.records).contains(&row) {
+            self.media.write(BODY + u64::from(row - 1) * RECORD, &[0; RECORD as usize])?;
+        }
+        Ok(())
+    }
+
+    /// True for the one who may empty and remove the slab.
+    pub fn retire_once(&self) -> bool {
+        !self.retiring.load(Relaxed) && !self.retiring.swap(true, Relaxed)
     }
 
     /// True the first time only: one event for a slab that can't be read, not one for each chunk.

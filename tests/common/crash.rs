@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Error, ErrorKind};
 use std::sync::Arc;
 
-use firstread::media::{Media, MediaDir};
+use firstread::media::{Media, MediaDir, Space};
 use parking_lot::Mutex;
 
 use crate::random::Random;
@@ -266,6 +266,10 @@ impl MediaDir for CrashDisk {
             Ok(())
         })
     }
+
+    fn space(&self) -> io::Result<Space> {
+        Ok(Space { free: 1 << 40, total: 1 << 40 })
+    }
 }
 
 impl Media for CrashFile {
@@ -297,6 +301,17 @@ impl Media for CrashFile {
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.disk.0.lock().files[self.id].now.len() as u64)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.disk.change(|state| {
+            let file = &mut state.files[self.id];
+            let from = (offset as usize).min(file.now.len());
+            let to = (from + len as usize).min(file.now.len());
+            file.now[from..to].fill(0);
+            file.pending.push((from, vec![0; to - from]));
+            Ok(())
+        })
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

@@ -3,15 +3,13 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::arrange::DataRun;
-use super::metadata::MetadataExtent;
+use super::metadata::DeviceExtent;
 use super::pack::{Item, PACK_MAX, Written, small_layer, write_pack};
 use super::pipeline::{Outcome, Place, Store, unlinked};
 use super::progress::{Event, Progress};
 use super::reuse::Earlier;
 use crate::chunk::{ChunkRef, Codec, Digest, Hasher};
 use crate::error::{Error, Result};
-use crate::ext4::Plan;
 use crate::index::{Blob, Extent, IndexWriter, Role};
 use crate::oci::annotation::{INDEX_PATH, PACK_DIR};
 
@@ -37,9 +35,11 @@ pub(super) struct Assembled {
 
 /// What to assemble from.
 pub(super) struct Parts<'a> {
-    pub plan: &'a Plan,
-    pub metadata: &'a [MetadataExtent],
-    pub runs: &'a [DataRun],
+    /// In ascending order.
+    pub extents: &'a [DeviceExtent],
+    pub device_bytes: u64,
+    /// As in the index.
+    pub file_system: &'a str,
     pub store: &'a Store,
     pub earlier: &'a [Earlier],
     pub level: i32,
@@ -47,30 +47,13 @@ pub(super) struct Parts<'a> {
     pub temp: &'a Path,
 }
 
-/// Device extents with the jobs that made their chunks, in device order.
-fn extents(parts: &Parts<'_>) -> Result<Vec<MetadataExtent>> {
-    let mut all = parts.metadata.to_vec();
-    let range = parts.plan.data_blocks();
-    let mut at = range.start;
-    let misplaced = || Error::invalid("build", "the file system's plan and the data disagree");
-    for run in parts.runs {
-        if run.first.is_some_and(|first| parts.plan.data_start(first) != Some(at)) {
-            return Err(misplaced());
-        }
-        all.push(MetadataExtent { block: at, blocks: run.blocks, job: run.job, offset: 0 });
-        at = at.checked_add(run.blocks).ok_or_else(misplaced)?;
-    }
-    if at != range.end { Err(misplaced()) } else { Ok(all) }
-}
-
 /// Writes packs and index.
 pub(super) fn assemble(parts: &Parts<'_>, progress: &dyn Progress) -> Result<Assembled> {
-    let extents = extents(parts)?;
     // The chunks' numbers in the index: in the order of the device, which does not depend on scheduling.
     let mut numbers: Vec<Option<u32>> = vec![None; parts.store.len()];
     let mut order = Vec::new();
     let mut index = IndexWriter::new();
-    for extent in &extents {
+    for extent in parts.extents {
         let Outcome::Chunk(chunk) = parts.store.outcome(extent.job)? else { continue };
         let number = numbers.get_mut(chunk as usize).ok_or_else(|| Error::invalid("build", "a chunk is missing"))?;
         let number = match number {
@@ -147,7 +130,7 @@ pub(super) fn assemble(parts: &Parts<'_>, progress: &dyn Progress) -> Result<Ass
     for chunk in refs {
         index.chunk(&chunk.ok_or_else(|| Error::invalid("build", "a chunk has no place"))?);
     }
-    assembled.index = index.finish(parts.plan.device_bytes(), "ext4")?;
+    assembled.index = index.finish(parts.device_bytes, parts.file_system)?;
     assembled.index_layer = small_layer(INDEX_PATH, &assembled.index, parts.level)?;
     Ok(assembled)
 }

@@ -38,6 +38,8 @@ pub(super) enum Root {
     Directory(PathBuf),
     /// A tar that is the whole file system.
     Tar(PathBuf),
+    /// A disk image.
+    Raw(PathBuf),
     /// The layers of an image, lowest first.
     Layers(Vec<LayerInput>),
 }
@@ -126,9 +128,7 @@ pub(super) fn resolve(request: &Request, runtime: &Handle) -> Result<Vec<Input>>
     let origin = match &request.source {
         oci::Reference::Dir(path) => return plain(request, Root::Directory(path.clone())),
         oci::Reference::Tar(path) => return plain(request, Root::Tar(path.clone())),
-        oci::Reference::Raw(_) => {
-            return Err(Error::Unsupported("building from raw disk images is not there yet".into()));
-        }
+        oci::Reference::Raw(path) => return plain(request, Root::Raw(path.clone())),
         oci::Reference::DockerArchive { file, tag } => {
             let archive = TarFile::open(file, &request.temp, &request.limits)?;
             return docker_archive(request, archive, tag.as_deref());

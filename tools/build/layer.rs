@@ -79,14 +79,21 @@ fn apply_entry<R: Read>(
         EntryKind::Directory => Kind::directory(),
         EntryKind::Fifo => Kind::Fifo,
     };
+    let meta = Meta { mode: permissions(&kind, meta.mode), ..meta };
     rootfs.put(parent, &name, meta, kind).map(drop)
+}
+
+/// Linux has no permissions on symbolic links: they read as 0777, whatever a tar says (symlink(7)).
+const fn permissions(kind: &Kind, mode: u16) -> u16 {
+    if matches!(kind, Kind::Symlink(_)) { 0o777 } else { mode }
 }
 
 fn content<R: Read>(entry: &Entry, archive: &mut Archive<R>, intake: &mut Intake) -> Result<Content> {
     intake.file(entry.size, &entry.segments, archive)
 }
 
-/// As containerd does: the link is made, and what the entry says of owner, mode and time is set on the shared inode.
+/// As containerd does: the link is made, what the entry says of owner, mode and time is set on the shared inode, and its
+/// attributes are added. Setting the owner takes the inode's capabilities away, even if it is the same (`chown(2)`).
 fn hard_link(link: &[u8], meta: Meta, parent: u32, name: &[u8], rootfs: &mut Rootfs) -> Result<()> {
     let missing = || Error::invalid("hard link", format!("its target {} is not there", show(link)));
     let found = rootfs.link_target(link)?.ok_or_else(missing)?;
@@ -94,8 +101,12 @@ fn hard_link(link: &[u8], meta: Meta, parent: u32, name: &[u8], rootfs: &mut Roo
     if matches!(target.kind, Kind::Directory(_)) {
         return Err(Error::invalid("hard link", format!("its target {} is a directory", show(link))));
     }
-    let xattrs = if meta.xattrs.is_empty() { std::mem::take(&mut target.meta.xattrs) } else { meta.xattrs };
-    target.meta = Meta { xattrs, ..meta };
+    let mut xattrs = std::mem::take(&mut target.meta.xattrs);
+    let is_replaced = |name: &[u8]| meta.xattrs.iter().any(|(other, _)| other[..] == *name);
+    xattrs.retain(|(name, _)| name[..] != *b"security.capability" && !is_replaced(name));
+    xattrs.extend_from_slice(&meta.xattrs);
+    xattrs.sort_unstable();
+    target.meta = Meta { mode: permissions(&target.kind, meta.mode), xattrs, ..meta };
     if (found.parent, &*found.name) == (parent, name) {
         // GNU tar writes a file that it was given twice as a link to itself.
         return Ok(());

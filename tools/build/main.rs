@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use firstread::build::{Progress, Report, Request, Silent, build};
+use firstread::build::{Progress, Report, Request, Silent, Tree, build};
 use firstread::oci::{Platform, Reference};
 
 /// Builds firstread images.
@@ -27,11 +27,11 @@ enum Verb {
 
 #[derive(Args)]
 struct BuildArgs {
-    /// HOST/REPO[:TAG], oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:TAG], dir:PATH or tar:FILE (- for
-    /// standard input, also gzip and zstd).
+    /// HOST/REPO[:TAG], oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:TAG], dir:PATH, tar:FILE (- for
+    /// standard input, also gzip and zstd) or raw:FILE (a disk image).
     #[arg(value_name = "SRC")]
     source: Reference,
-    /// HOST/REPO[:TAG] or oci:DIR[:TAG].
+    /// HOST/REPO[:TAG], oci:DIR[:TAG] or oci-archive:FILE[:TAG].
     #[arg(value_name = "DEST")]
     destination: Reference,
     /// zstd level: 3 is fast, 19 makes images an eighth smaller.
@@ -46,6 +46,12 @@ struct BuildArgs {
     /// Build for this platform only (repeatable); otherwise for all that the source has.
     #[arg(long, value_name = "OS/ARCH")]
     platform: Vec<Platform>,
+    /// Put a dm-verity hash tree behind the file system; its root hash is in the manifest and in `firstread inspect`.
+    #[arg(long)]
+    verity: bool,
+    /// When the image says it was created, in seconds since 1970; files of a directory are made no younger.
+    #[arg(long, value_name = "SECONDS", env = "SOURCE_DATE_EPOCH", hide_env_values = true)]
+    source_date: Option<u64>,
     /// Directory for temporary files; they need about the size of the result twice.
     #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/tmp")]
     temp: PathBuf,
@@ -99,6 +105,8 @@ fn run(args: BuildArgs) -> anyhow::Result<()> {
     request.reuse = args.reuse;
     request.platforms = args.platform;
     request.temp = args.temp;
+    request.source_date = args.source_date;
+    request.tree = if args.verity { Tree::Verity } else { Tree::None };
     request.access.plain_http = args.plain_http;
     let progress: Arc<dyn Progress> = if args.quiet {
         Arc::new(Silent)

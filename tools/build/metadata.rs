@@ -11,7 +11,7 @@ const HOLE_BLOCKS: usize = 8;
 
 /// Device blocks that a part of a chunk backs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct MetadataExtent {
+pub(super) struct DeviceExtent {
     pub block: u32,
     pub blocks: u32,
     pub job: u32,
@@ -22,7 +22,7 @@ pub(super) struct MetadataExtent {
 /// Takes metadata in ascending order.
 pub(super) struct Windows<'a> {
     pipeline: &'a mut Pipeline,
-    extents: Vec<MetadataExtent>,
+    extents: Vec<DeviceExtent>,
     current: Option<(u32, Vec<u8>)>,
 }
 
@@ -58,7 +58,7 @@ impl<'a> Windows<'a> {
     }
 
     /// The extents of everything that was taken.
-    pub(super) fn finish(mut self) -> Result<Vec<MetadataExtent>> {
+    pub(super) fn finish(mut self) -> Result<Vec<DeviceExtent>> {
         self.close()?;
         Ok(self.extents)
     }
@@ -71,7 +71,7 @@ impl<'a> Windows<'a> {
             let (start, len) = (first * BLOCK_SIZE, blocks * BLOCK_SIZE);
             buffer.copy_within(start..start + len, used);
             let block = window * CHUNK_BLOCKS + first as u32;
-            self.extents.push(MetadataExtent { block, blocks: blocks as u32, job, offset: used as u32 });
+            self.extents.push(DeviceExtent { block, blocks: blocks as u32, job, offset: used as u32 });
             used += len;
         }
         if used == 0 {

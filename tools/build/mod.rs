@@ -4,6 +4,7 @@
 //! input: layers, a tar, a directory ─ decode ─ tar ─→ rootfs (names, attributes) + intake (contents)
 //! intake ─ chunks ─→ pipeline (hash, compress on all cores) ─→ spool
 //! arrange: numbers, groups, order of data ─→ ext4::plan ─→ metadata as chunks
+//! (a raw disk is cut into chunks as it is: no rootfs, no plan) ─ verity: the hash tree behind it, if wanted
 //! assemble: packs in device order, the index ─→ publish: blobs, config, manifest
 //! ```
 //!
@@ -15,7 +16,9 @@
 mod archive;
 mod arrange;
 mod assemble;
+mod convert;
 mod decode;
+mod destination;
 mod input;
 mod intake;
 mod layer;
@@ -25,9 +28,11 @@ mod pack;
 mod pipeline;
 mod progress;
 mod publish;
+mod raw;
 mod reuse;
 mod rootfs;
 mod tar;
+mod verity;
 mod walk;
 
 use std::path::PathBuf;
@@ -35,21 +40,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
-use tokio::runtime::Handle;
 
-use self::arrange::{Arranged, DataRun};
-use self::assemble::{Assembled, Parts};
-use self::decode::{Expected, Layer};
-use self::input::{Input, Root};
-use self::intake::Intake;
-use self::metadata::{MetadataExtent, Windows};
-use self::pipeline::{Pipeline, Settings, Store};
-use self::rootfs::{Rootfs, Whiteouts};
+use self::convert::Converted;
+use self::destination::Destination;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
-use crate::ext4;
 use crate::oci::{Platform, Reference};
-use crate::source::{Access, Publish, Purpose, Repository};
+use crate::source::{Access, Publish};
 
 pub use self::limits::Limits;
 pub use self::progress::{Event, Progress, Silent};
@@ -59,13 +56,15 @@ pub use self::progress::{Event, Progress, Silent};
 pub struct Request {
     /// Where the files come from.
     pub source: Reference,
-    /// Where the image goes: a registry or an OCI layout.
+    /// Where the image goes: a registry, an OCI layout, or an archive of one.
     pub destination: Reference,
     /// zstd's compression level.
     pub level: i32,
     /// Size of the device in bytes; without it, as large as needed.
     pub size: Option<u64>,
-    /// Earlier images whose packs may be listed again.
+    /// Earlier images whose packs may be listed again. Every chunk that one of them has is taken from there, however
+    /// little else of its pack is needed: readers fetch ranges, the registry has the pack already, and a client that
+    /// pulls whole layers most likely has it too. Who wants to be rid of old packs builds without.
     pub reuse: Vec<Reference>,
     /// Platforms to build; empty for all that the source has.
     pub platforms: Vec<Platform>,
@@ -77,6 +76,21 @@ pub struct Request {
     pub limits: Limits,
     /// Threads that hash and compress.
     pub workers: usize,
+    /// Seconds since 1970 that the image says it was created at, and that no file of a directory is younger than
+    /// (`SOURCE_DATE_EPOCH`, reproducible-builds.org). Times in tars and layers stay: they are contents.
+    pub source_date: Option<u64>,
+    /// What is put behind the file system.
+    pub tree: Tree,
+}
+
+/// What lies behind the file system or disk on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tree {
+    /// Nothing.
+    #[default]
+    None,
+    /// A dm-verity hash tree.
+    Verity,
 }
 
 impl Request {
@@ -94,6 +108,8 @@ impl Request {
             access: Access::default(),
             limits: Limits::default(),
             workers: std::thread::available_parallelism().map_or(1, usize::from),
+            source_date: None,
+            tree: Tree::None,
         }
     }
 }
@@ -122,8 +138,10 @@ pub struct Report {
     pub device_bytes: u64,
     /// Plain bytes of all chunks.
     pub plain_bytes: u64,
-    /// Files, directories and so on.
+    /// Files, directories and so on; none in a disk image, which is not looked into.
     pub inodes: u64,
+    /// Root hashes of the dm-verity trees, by platform; empty without trees.
+    pub verity: Vec<String>,
     /// The platforms that were built.
     pub platforms: Vec<String>,
 }
@@ -145,7 +163,7 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
         .build()
         .map_err(|error| Error::io("starting the runtime", error))?;
     let handle = runtime.handle();
-    let destination = handle.block_on(Repository::open(&request.destination, &request.access, Purpose::Push))?;
+    let destination = Destination::open(request, handle)?;
     let inputs = input::resolve(request, handle)?;
     let publish = if inputs.len() == 1 { Publish::Named } else { Publish::Listed };
     let mut report = Report {
@@ -160,6 +178,7 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
         device_bytes: 0,
         plain_bytes: 0,
         inodes: 0,
+        verity: Vec::new(),
         platforms: Vec::new(),
     };
     let mut manifests = Vec::new();
@@ -169,9 +188,15 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
             .iter()
             .map(|reference| reuse::open(reference, &input.platform, request, handle))
             .collect::<Result<_>>()?;
-        let (plan, assembled) = convert(request, input, &earlier, progress, handle)?;
-        let (digest, descriptor) =
-            publish::image(input, &assembled, &earlier, &destination, publish, &**progress, handle)?;
+        let converted = convert::convert(request, input, &earlier, progress, handle)?;
+        let publisher = publish::Publisher {
+            request,
+            destination: &destination.repository,
+            progress: &**progress,
+            runtime: handle,
+        };
+        let (digest, descriptor) = publisher.image(input, &converted, &earlier, publish)?;
+        let Converted { assembled, device_bytes, inodes, verity } = converted;
         manifests.push(descriptor);
         report.digest = digest;
         report.index_bytes += assembled.index.len() as u64;
@@ -181,13 +206,15 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
         report.chunks += assembled.chunks;
         report.new_chunks += assembled.new_chunks;
         report.plain_bytes += assembled.plain_bytes;
-        report.device_bytes += plan.device_bytes();
-        report.inodes += u64::from(plan.inodes());
+        report.device_bytes += device_bytes;
+        report.inodes += u64::from(inodes);
+        report.verity.extend(verity.map(|verity| verity.root.hex()));
         report.platforms.push(input.platform.to_string());
     }
     if publish == Publish::Listed {
-        report.digest = publish::index(&manifests, &destination, handle)?;
+        report.digest = publish::index(&manifests, &destination.repository, handle)?;
     }
+    destination.finish()?;
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
 }
@@ -198,118 +225,7 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
 /// What is wrong with the layers.
 pub fn flatten(layers: Vec<Vec<u8>>, limits: &Limits) -> Result<u32> {
     let progress: Arc<dyn Progress> = Arc::new(Silent);
-    let temp = std::env::temp_dir();
-    let settings =
-        Settings { level: 1, workers: 1, temp: &temp, reusable: pipeline::Reusable::new(), progress: progress.clone() };
-    let mut intake = Intake::new(Pipeline::start(settings)?, &temp)?;
-    let mut rootfs = Rootfs::new(limits);
-    let (expected, mut left) = (Expected::default(), limits.plain_bytes);
-    for layer in layers {
-        rootfs.next_layer();
-        let stream = Layer::open(Box::new(std::io::Cursor::new(layer)), &expected, left, progress.clone())?;
-        left = layer::apply(stream, &mut rootfs, &mut intake, Whiteouts::Apply)?.finish(&expected)?;
-    }
-    let (_, plan) = plan(arrange::arrange(rootfs, intake)?, None)?;
-    Ok(plan.inodes())
-}
-
-/// Plans the file system and turns its metadata into chunks.
-fn plan(arranged: Arranged, size: Option<u64>) -> Result<(Ready, ext4::Plan)> {
-    let Arranged { tree, data_order, runs, seed, mut pipeline } = arranged;
-    let options = ext4::Options { seed, size, data_order, ..ext4::Options::default() };
-    let plan = ext4::plan(&tree, &options)?;
-    let mut windows = Windows::new(&mut pipeline);
-    plan.write_metadata(&tree, &mut |block, bytes| windows.write(block, bytes))?;
-    let metadata = windows.finish()?;
-    // The tree is large, and its place is needed from here on.
-    drop(tree);
-    Ok((Ready { metadata, runs, store: pipeline.finish()? }, plan))
-}
-
-/// Everything that goes into packs.
-struct Ready {
-    metadata: Vec<MetadataExtent>,
-    runs: Vec<DataRun>,
-    store: Store,
-}
-
-/// One platform: from its layers to packs and an index.
-fn convert(
-    request: &Request,
-    input: &Input,
-    earlier: &[reuse::Earlier],
-    progress: &Arc<dyn Progress>,
-    runtime: &Handle,
-) -> Result<(ext4::Plan, Assembled)> {
-    let pipeline = Pipeline::start(Settings {
-        level: request.level,
-        workers: request.workers,
-        temp: &request.temp,
-        reusable: reuse::chunks(earlier),
-        progress: progress.clone(),
-    })?;
-    let mut intake = Intake::new(pipeline, &request.temp)?;
-    let mut rootfs = Rootfs::new(&request.limits);
-    read(request, input, &mut rootfs, &mut intake, progress, runtime)?;
-    let (ready, plan) = plan(arrange::arrange(rootfs, intake)?, request.size)?;
-    let parts = Parts {
-        plan: &plan,
-        metadata: &ready.metadata,
-        runs: &ready.runs,
-        store: &ready.store,
-        earlier,
-        level: request.level,
-        workers: request.workers,
-        temp: &request.temp,
-    };
-    let assembled = assemble::assemble(&parts, &**progress)?;
-    Ok((plan, assembled))
-}
-
-/// Reads the source into the tree, and its contents into chunks.
-fn read(
-    request: &Request,
-    input: &Input,
-    rootfs: &mut Rootfs,
-    intake: &mut Intake,
-    progress: &Arc<dyn Progress>,
-    runtime: &Handle,
-) -> Result<()> {
-    let platform = input.platform.to_string();
-    let image = |layers, bytes| progress.event(Event::Image { platform: &platform, layers, bytes });
-    match &input.root {
-        Root::Directory(path) => {
-            image(1, None);
-            progress.event(Event::Layer { name: &path.display().to_string() });
-            walk::walk(path, rootfs, intake, &**progress)
-        }
-        Root::Tar(path) => {
-            let (stored, bytes) = input::open_tar(path)?;
-            image(1, bytes);
-            let name = path.display().to_string();
-            progress.event(Event::Layer { name: &name });
-            let expected = Expected::default();
-            let layer = Layer::open(stored, &expected, request.limits.plain_bytes, progress.clone());
-            layer
-                .and_then(|layer| layer::apply(layer, rootfs, intake, Whiteouts::Keep))
-                .and_then(|layer| layer.finish(&expected))
-                .map(drop)
-                .map_err(|error| layer::context(error, &name))
-        }
-        Root::Layers(layers) => {
-            image(layers.len(), Some(layers.iter().map(|layer| layer.bytes).sum()));
-            let mut left = request.limits.plain_bytes;
-            for layer in layers {
-                progress.event(Event::Layer { name: &layer.name });
-                rootfs.next_layer();
-                let stream =
-                    layer.open(runtime).and_then(|stored| Layer::open(stored, &layer.expected, left, progress.clone()));
-                left = stream
-                    .and_then(|stream| layer::apply(stream, rootfs, intake, Whiteouts::Apply))
-                    .and_then(|stream| stream.finish(&layer.expected))
-                    .map_err(|error| layer::context(error, &format!("layer {}", layer.name)))?;
-            }
-            Ok(())
-        }
-    }
+    let none = Reference::Dir(PathBuf::new());
+    let request = Request { limits: *limits, ..Request::new(none.clone(), none) };
+    convert::flatten(layers, &request, &progress)
 }

@@ -50,11 +50,11 @@ fn tar_head(path: &str, len: u64) -> Result<Vec<u8>> {
 }
 
 /// What follows a file of `len` bytes: padding to a block and the two blocks of zeros that end a tar.
-fn tar_tail(len: u64) -> Vec<u8> {
+pub(super) fn tar_tail(len: u64) -> Vec<u8> {
     vec![0; (len.wrapping_neg() % TAR_BLOCK + 2 * TAR_BLOCK) as usize]
 }
 
-fn tar_header(path: &str, kind: u8, mode: u32, len: u64) -> Result<[u8; TAR_BLOCK as usize]> {
+pub(super) fn tar_header(path: &str, kind: u8, mode: u32, len: u64) -> Result<[u8; TAR_BLOCK as usize]> {
     let mut header = [0; TAR_BLOCK as usize];
     let mut put = |offset: usize, bytes: &[u8]| {
         header

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use zstd::bulk::Compressor;
 
 use super::progress::{Event, Progress};
+use super::{Tree, verity};
 use crate::chunk::{CHUNK_SIZE, ChunkRef, Digest};
 use crate::error::{Error, Result};
 
@@ -69,6 +70,8 @@ struct Shared {
     spool: File,
     spool_end: AtomicU64,
     reusable: Reusable,
+    /// The hashes of each chunk's blocks, by the chunk's number.
+    leaves: Option<File>,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     progress: Arc<dyn Progress>,
@@ -95,6 +98,8 @@ pub(super) struct Settings<'a> {
     pub temp: &'a Path,
     pub reusable: Reusable,
     pub progress: Arc<dyn Progress>,
+    /// Whether the leaves of a hash tree are computed.
+    pub leaves: Tree,
 }
 
 impl Pipeline {
@@ -111,6 +116,10 @@ impl Pipeline {
             spool: unlinked(settings.temp)?,
             spool_end: AtomicU64::new(0),
             reusable: settings.reusable,
+            leaves: match settings.leaves {
+                Tree::None => None,
+                Tree::Verity => Some(unlinked(settings.temp)?),
+            },
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             progress: settings.progress,
@@ -173,6 +182,21 @@ impl Pipeline {
             Outcome::Chunk(chunk) => table.chunks.get(*chunk as usize).map(|chunk| chunk.digest),
             Outcome::Hole | Outcome::Pending => None,
         }
+    }
+
+    /// The number of the chunk that a finished job became, `None` for a hole.
+    pub(super) fn chunk(&self, job: u32) -> Option<u32> {
+        match self.shared.table.lock().outcomes.get(job as usize)? {
+            Outcome::Chunk(chunk) => Some(*chunk),
+            Outcome::Hole | Outcome::Pending => None,
+        }
+    }
+
+    /// The hashes of chunks' blocks: of chunk `n` from `n` × [`verity::LEAVES_BYTES`] on.
+    pub(super) fn leaves(&self) -> Result<File> {
+        let missing = || Error::invalid("build", "no hashes of blocks were kept");
+        let file = self.shared.leaves.as_ref().ok_or_else(missing)?;
+        file.try_clone().map_err(|error| Error::io("opening the spool of hashes again", error))
     }
 
     /// Ends the workers and gives out what they made.
@@ -296,6 +320,11 @@ fn store(shared: &Shared, plain: &[u8], compressor: &mut Compressor<'static>, st
         table.chunks.push(Stored { digest, plain_len, place });
         number
     };
+    if let Some(leaves) = &shared.leaves {
+        leaves
+            .write_all_at(&verity::leaves(plain), u64::from(number) * verity::LEAVES_BYTES)
+            .map_err(|error| Error::io("writing the spool of hashes (--temp or TMPDIR says where it is)", error))?;
+    }
     if let Some(Place::Reused { chunk, .. }) = reused {
         shared.progress.event(Event::Chunk { plain: plain_len, stored: chunk.stored_len, reused: true });
         return Ok(Outcome::Chunk(number));

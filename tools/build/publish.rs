@@ -6,8 +6,11 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
-use super::assemble::{Assembled, Layer};
+use super::Request;
+use super::assemble::Layer;
+use super::convert::Converted;
 use super::input::Input;
+use super::pipeline::unlinked;
 use super::progress::{Event, Progress};
 use super::reuse::Earlier;
 use crate::chunk::Digest;
@@ -17,32 +20,48 @@ use crate::oci::{annotation, canonical_json, media_type};
 use crate::source::{Content, Publish, Repository};
 
 /// When the image was created, for sources that do not say.
-const NO_TIME: &str = "1970-01-01T00:00:00Z";
+const NO_TIME: u64 = 0;
+
+/// Seconds since 1970 as a time in UTC (RFC 3339). The days are counted in eras of 400 years that begin in March, so that
+/// a leap day is the last of its year.
+fn rfc3339(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // 719 468 days from March of the year 0 to 1970.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
 
 fn descriptor(media_type: &str, digest: &Digest, bytes: u64) -> Value {
     json!({ "mediaType": media_type, "digest": digest.to_string(), "size": bytes })
 }
 
-fn layer(role: &str, digest: &Digest, bytes: u64, index: Option<(&Digest, u64)>) -> Value {
+fn layer(role: &str, digest: &Digest, bytes: u64, more: &[(&str, String)]) -> Value {
     let mut layer = descriptor(media_type::LAYER_ZSTD, digest, bytes);
     let mut annotations = json!({
         annotation::ROLE: role,
         annotation::VERSION: annotation::VERSION_1,
         annotation::DIGEST: digest.to_string(),
     });
-    if let (Some((digest, bytes)), Some(annotations)) = (index, annotations.as_object_mut()) {
-        annotations.insert(annotation::INDEX_DIGEST.into(), json!(digest.to_string()));
-        annotations.insert(annotation::INDEX_BYTES.into(), json!(bytes.to_string()));
+    if let Some(annotations) = annotations.as_object_mut() {
+        annotations.extend(more.iter().map(|(name, value)| ((*name).to_owned(), json!(value))));
     }
     layer["annotations"] = annotations;
     layer
 }
 
 /// The source's config with the new layers: its history stays, as of layers that are empty.
-fn config(source: &Value, layers: &[(&str, Digest)]) -> Result<Vec<u8>> {
+fn config(source: &Value, layers: &[(&str, Digest)], source_date: Option<u64>) -> Result<Vec<u8>> {
     let mut config = source.clone();
     let object = config.as_object_mut().ok_or_else(|| Error::invalid("image config", "it is not an object"))?;
-    let created = object.get("created").and_then(Value::as_str).unwrap_or(NO_TIME).to_owned();
+    let own = object.get("created").and_then(Value::as_str).map(str::to_owned);
+    let created = source_date.map(rfc3339).or(own).unwrap_or_else(|| rfc3339(NO_TIME));
     let mut history = match object.remove("history") {
         Some(Value::Array(history)) => history,
         _ => Vec::new(),
@@ -60,68 +79,106 @@ fn config(source: &Value, layers: &[(&str, Digest)]) -> Result<Vec<u8>> {
     canonical_json(&config)
 }
 
-/// Pushes an image, and returns the descriptor of its manifest.
-pub(super) fn image(
-    input: &Input,
-    assembled: &Assembled,
-    earlier: &[Earlier],
-    destination: &Repository,
-    publish: Publish,
-    progress: &dyn Progress,
-    runtime: &Handle,
-) -> Result<(Digest, Value)> {
-    let push = |digest: &Digest, bytes: u64, content: Content| {
-        progress.event(Event::Publish { digest: &digest.to_string(), bytes });
-        runtime.block_on(destination.push_blob(digest, bytes, &content))
-    };
-    let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
-    for pack in &assembled.packs {
-        match pack {
-            Layer::New { file, written } => {
-                // The file has no name; this is one while it is open.
-                let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-                push(&written.digest, written.bytes, Content::File(path))?;
-                layers.push(layer(annotation::ROLE_PACK, &written.digest, written.bytes, None));
-                diff_ids.push((annotation::ROLE_PACK, written.diff_id));
-            }
-            Layer::Reused { image, blob, diff_id } => {
-                let missing = || Error::invalid("build", "a reused pack is missing");
-                let image = earlier.get(*image).ok_or_else(missing)?;
-                let (blob, _) = image.packs.get(*blob as usize).ok_or_else(missing)?;
-                carry(blob, &image.repository, destination, progress, runtime)?;
-                layers.push(layer(annotation::ROLE_PACK, &blob.digest, blob.bytes, None));
-                diff_ids.push((annotation::ROLE_PACK, *diff_id));
+/// What sends an image to its destination.
+pub(super) struct Publisher<'a> {
+    pub request: &'a Request,
+    pub destination: &'a Repository,
+    pub progress: &'a dyn Progress,
+    pub runtime: &'a Handle,
+}
+
+impl Publisher<'_> {
+    fn push(&self, digest: &Digest, bytes: u64, content: &Content) -> Result<()> {
+        self.progress.event(Event::Publish { digest: &digest.to_string(), bytes });
+        self.runtime.block_on(self.destination.push_blob(digest, bytes, content))
+    }
+
+    /// Pushes an image, and returns the descriptor of its manifest.
+    pub(super) fn image(
+        &self,
+        input: &Input,
+        converted: &Converted,
+        earlier: &[Earlier],
+        publish: Publish,
+    ) -> Result<(Digest, Value)> {
+        let assembled = &converted.assembled;
+        let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
+        for pack in &assembled.packs {
+            match pack {
+                Layer::New { file, written } => {
+                    // The file has no name; this is one while it is open.
+                    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+                    self.push(&written.digest, written.bytes, &Content::File(path))?;
+                    layers.push(layer(annotation::ROLE_PACK, &written.digest, written.bytes, &[]));
+                    diff_ids.push((annotation::ROLE_PACK, written.diff_id));
+                }
+                Layer::Reused { image, blob, diff_id } => {
+                    let missing = || Error::invalid("build", "a reused pack is missing");
+                    let image = earlier.get(*image).ok_or_else(missing)?;
+                    let (blob, _) = image.packs.get(*blob as usize).ok_or_else(missing)?;
+                    self.carry(blob, &image.repository)?;
+                    layers.push(layer(annotation::ROLE_PACK, &blob.digest, blob.bytes, &[]));
+                    diff_ids.push((annotation::ROLE_PACK, *diff_id));
+                }
             }
         }
-    }
-    let (blob, written) = &assembled.index_layer;
-    push(&written.digest, written.bytes, Content::Bytes(blob.clone().into()))?;
-    let index = (&Digest::of(&assembled.index), assembled.index.len() as u64);
-    layers.push(layer(annotation::ROLE_INDEX, &written.digest, written.bytes, Some(index)));
-    diff_ids.push((annotation::ROLE_INDEX, written.diff_id));
+        let (blob, written) = &assembled.index_layer;
+        self.push(&written.digest, written.bytes, &Content::Bytes(blob.clone().into()))?;
+        let mut annotations = vec![
+            (annotation::INDEX_DIGEST, Digest::of(&assembled.index).to_string()),
+            (annotation::INDEX_BYTES, assembled.index.len().to_string()),
+        ];
+        if let Some(verity) = &converted.verity {
+            annotations.push((annotation::VERITY_ROOT, verity.root.hex()));
+            annotations.push((annotation::VERITY_OFFSET, verity.offset.to_string()));
+        }
+        layers.push(layer(annotation::ROLE_INDEX, &written.digest, written.bytes, &annotations));
+        diff_ids.push((annotation::ROLE_INDEX, written.diff_id));
 
-    let config = config(&input.config, &diff_ids)?;
-    let config_digest = Digest::of(&config);
-    let config_descriptor = descriptor(media_type::CONFIG, &config_digest, config.len() as u64);
-    push(&config_digest, config.len() as u64, Content::Bytes(config.into()))?;
-    let mut manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": media_type::MANIFEST,
-        "config": config_descriptor,
-        "layers": layers,
-    });
-    if !input.annotations.is_empty() {
-        manifest["annotations"] = json!(input.annotations);
+        let config = config(&input.config, &diff_ids, self.request.source_date)?;
+        let config_digest = Digest::of(&config);
+        let config_descriptor = descriptor(media_type::CONFIG, &config_digest, config.len() as u64);
+        self.push(&config_digest, config.len() as u64, &Content::Bytes(config.into()))?;
+        let mut manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": media_type::MANIFEST,
+            "config": config_descriptor,
+            "layers": layers,
+        });
+        if !input.annotations.is_empty() {
+            manifest["annotations"] = json!(input.annotations);
+        }
+        let manifest = canonical_json(&manifest)?;
+        let digest = self.runtime.block_on(self.destination.push_manifest(&manifest, media_type::MANIFEST, publish))?;
+        let mut descriptor = descriptor(media_type::MANIFEST, &digest, manifest.len() as u64);
+        let mut platform = json!({ "os": input.platform.os, "architecture": input.platform.architecture });
+        if let Some(variant) = &input.platform.variant {
+            platform["variant"] = json!(variant);
+        }
+        descriptor["platform"] = platform;
+        Ok((digest, descriptor))
     }
-    let manifest = canonical_json(&manifest)?;
-    let digest = runtime.block_on(destination.push_manifest(&manifest, media_type::MANIFEST, publish))?;
-    let mut descriptor = descriptor(media_type::MANIFEST, &digest, manifest.len() as u64);
-    let mut platform = json!({ "os": input.platform.os, "architecture": input.platform.architecture });
-    if let Some(variant) = &input.platform.variant {
-        platform["variant"] = json!(variant);
+
+    /// Sees to it that an earlier image's pack is at the destination.
+    fn carry(&self, blob: &Blob, from: &Repository) -> Result<()> {
+        let destination = self.destination;
+        self.runtime.block_on(async {
+            if destination.exists(&blob.digest).await? || destination.mount_blob(&blob.digest, from).await? {
+                return Ok(());
+            }
+            self.progress.event(Event::Publish { digest: &blob.digest.to_string(), bytes: blob.bytes });
+            let file = unlinked(&self.request.temp)?;
+            let mut body = from.blob(&blob.digest, blob.bytes).await?;
+            let mut writer = std::io::BufWriter::new(&file);
+            let action = |error| Error::io("writing a pack (--temp or TMPDIR says where)", error);
+            while let Some(piece) = futures_util::StreamExt::next(&mut body).await {
+                std::io::Write::write_all(&mut writer, &piece?).map_err(action)?;
+            }
+            writer.into_inner().map_err(|error| action(error.into_error()))?;
+            let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+            destination.push_blob(&blob.digest, blob.bytes, &Content::File(path)).await
+        })
     }
-    descriptor["platform"] = platform;
-    Ok((digest, descriptor))
 }
 
 /// Pushes the index of a multi-platform image.
@@ -131,28 +188,20 @@ pub(super) fn index(manifests: &[Value], destination: &Repository, runtime: &Han
     runtime.block_on(destination.push_manifest(&index, media_type::INDEX, Publish::Named))
 }
 
-/// Sees to it that an earlier image's pack is at the destination.
-fn carry(
-    blob: &Blob,
-    from: &Repository,
-    destination: &Repository,
-    progress: &dyn Progress,
-    runtime: &Handle,
-) -> Result<()> {
-    runtime.block_on(async {
-        if destination.exists(&blob.digest).await? || destination.mount_blob(&blob.digest, from).await? {
-            return Ok(());
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_735_689_600, "2025-01-01T00:00:00Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(rfc3339(seconds), text);
         }
-        progress.event(Event::Publish { digest: &blob.digest.to_string(), bytes: blob.bytes });
-        let file = super::pipeline::unlinked(&std::env::temp_dir())?;
-        let mut body = from.blob(&blob.digest, blob.bytes).await?;
-        let mut writer = std::io::BufWriter::new(&file);
-        let action = |error| Error::io("writing a pack", error);
-        while let Some(piece) = futures_util::StreamExt::next(&mut body).await {
-            std::io::Write::write_all(&mut writer, &piece?).map_err(action)?;
-        }
-        writer.into_inner().map_err(|error| action(error.into_error()))?;
-        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        destination.push_blob(&blob.digest, blob.bytes, &Content::File(path)).await
-    })
+    }
 }

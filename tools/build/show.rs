@@ -132,13 +132,19 @@ pub fn table(report: &Report, request: &Request) -> Table {
     row("image", request.destination.to_string());
     row("digest", report.digest.to_string());
     row("platforms", report.platforms.join(", "));
-    row("device", format!("{}, {} inodes", size(report.device_bytes), report.inodes));
+    match report.inodes {
+        0 => row("device", format!("{}, a disk image", size(report.device_bytes))),
+        inodes => row("device", format!("{}, {inodes} inodes", size(report.device_bytes))),
+    }
     row("chunks", format!("{}, {} plain", report.chunks, size(report.plain_bytes)));
     row(
         "stored",
         format!("{}, {} new, {} reused", size(report.stored_bytes), size(report.new_bytes), size(report.reused_bytes)),
     );
     row("index", size(report.index_bytes));
+    if !report.verity.is_empty() {
+        row("verity", report.verity.join(", "));
+    }
     let speed = report.plain_bytes as f64 / report.seconds.max(0.001);
     row("time", format!("{:.1?}, {}/s", Duration::from_secs_f64(report.seconds), size(speed as u64)));
     table

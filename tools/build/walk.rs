@@ -24,15 +24,28 @@ use crate::ext4::{Time, Xattr};
 /// Largest list of attribute names, and largest value, that Linux has (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const XATTR_MAX: usize = 64 << 10;
 
-/// Reads the tree below `top` into `rootfs`.
-pub(super) fn walk(top: &Path, rootfs: &mut Rootfs, intake: &mut Intake, progress: &dyn Progress) -> Result<()> {
+/// Reads the tree below `top` into `rootfs`; times after `youngest`, in seconds since 1970, become that.
+pub(super) fn walk(
+    top: &Path,
+    youngest: Option<u64>,
+    rootfs: &mut Rootfs,
+    intake: &mut Intake,
+    progress: &dyn Progress,
+) -> Result<()> {
     let found = std::fs::metadata(top).map_err(|error| Error::io(format!("reading {}", top.display()), error))?;
     if !found.is_dir() {
         return Err(Error::invalid("source", format!("{} is not a directory", top.display())));
     }
     let top = std::fs::canonicalize(top).map_err(|error| Error::io(format!("reading {}", top.display()), error))?;
-    let mut walker =
-        Walker { device: found.dev(), links: HashMap::new(), xattrs: Xattrs::new(), rootfs, intake, progress };
+    let mut walker = Walker {
+        device: found.dev(),
+        youngest,
+        links: HashMap::new(),
+        xattrs: Xattrs::new(),
+        rootfs,
+        intake,
+        progress,
+    };
     let meta = walker.meta(&top, &found)?;
     walker.rootfs.node_mut(ROOT)?.meta = meta;
     let mut stack = vec![(top, ROOT, 0usize)];
@@ -62,6 +75,8 @@ pub(super) fn walk(top: &Path, rootfs: &mut Rootfs, intake: &mut Intake, progres
 
 struct Walker<'a> {
     device: u64,
+    /// No time is later than this.
+    youngest: Option<u64>,
     /// Files with several names, by inode number.
     links: HashMap<u64, NodeId>,
     xattrs: Xattrs,
@@ -143,12 +158,19 @@ impl Walker<'_> {
         Ok(Kind::File(content))
     }
 
+    fn time(&self, found: &Metadata) -> Time {
+        match self.youngest.map(|youngest| i64::try_from(youngest).unwrap_or(i64::MAX)) {
+            Some(youngest) if found.mtime() >= youngest => Time { secs: youngest, nanos: 0 },
+            _ => Time { secs: found.mtime(), nanos: u32::try_from(found.mtime_nsec()).unwrap_or(0) },
+        }
+    }
+
     fn meta(&mut self, path: &Path, found: &Metadata) -> Result<Meta> {
         Ok(Meta {
             mode: (found.mode() & 0o7777) as u16,
             uid: found.uid(),
             gid: found.gid(),
-            mtime: Time { secs: found.mtime(), nanos: u32::try_from(found.mtime_nsec()).unwrap_or(0) },
+            mtime: self.time(found),
             xattrs: self.xattrs.read(path)?,
         })
     }

@@ -109,7 +109,32 @@ impl NbdListener {
     }
 }
 
+/// A stream between two runtimes.
+#[derive(Debug)]
+pub(super) enum Idle {
+    Unix(StdUnixStream),
+    Tcp(std::net::TcpStream),
+}
+
+impl Idle {
+    /// Joins the runtime that this is called in.
+    pub(super) fn enter(self) -> io::Result<NbdStream> {
+        Ok(match self {
+            Self::Unix(stream) => NbdStream::Unix(UnixStream::from_std(stream)?),
+            Self::Tcp(stream) => NbdStream::Tcp(TcpStream::from_std(stream)?),
+        })
+    }
+}
+
 impl NbdStream {
+    /// Leaves the runtime that it was accepted in.
+    pub(super) fn leave(self) -> io::Result<Idle> {
+        Ok(match self {
+            Self::Unix(stream) => Idle::Unix(stream.into_std()?),
+            Self::Tcp(stream) => Idle::Tcp(stream.into_std()?),
+        })
+    }
+
     /// Sets what makes replies leave fast. None of it is needed for right answers, so that a refusal is no error.
     pub(super) fn tune(&self) {
         match self {

@@ -1,7 +1,7 @@
 //! The NBD server: exports devices to QEMU, libnbd, nbd-client and the kernel, read-only.
 //!
 //! [`proto`] is the wire format without I/O, `negotiate` the handshake, `serve` the transmission. A connection is one
-//! task: hits are read straight into its reply buffer and leave in batches; misses are tasks whose replies that
+//! thread: hits are read straight into its reply buffer and leave in batches; misses are tasks whose replies that
 //! connection sends as they finish.
 //!
 //! # What a client can cost
@@ -13,16 +13,18 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use connection::Connection;
 
+mod connection;
 mod listen;
 mod negotiate;
 pub mod proto;
@@ -122,6 +124,7 @@ pub async fn serve(
     }
     let exports = Arc::new(exports);
     let mut connections = JoinSet::new();
+    let (closing, closed) = watch::channel(());
     let mut stop = std::pin::pin!(stop);
     loop {
         tokio::select! {
@@ -130,7 +133,16 @@ pub async fn serve(
             accepted = listener.accept() => match accepted {
                 Ok(stream) if connections.len() < options.connections => {
                     stream.tune();
-                    connections.spawn(connection(stream, Arc::clone(&exports), options.handshake));
+                    let connection = Connection {
+                        exports: Arc::clone(&exports),
+                        handshake: options.handshake,
+                        misses: Handle::current(),
+                        closed: closed.clone(),
+                    };
+                    match connection.start(stream) {
+                        Ok(ended) => drop(connections.spawn(ended)),
+                        Err(error) => tracing::warn!("nbd: a connection can't be served: {error}"),
+                    }
                 }
                 Ok(_) => tracing::warn!("nbd: {} connections are open, one more was refused", connections.len()),
                 Err(error) => {
@@ -142,29 +154,7 @@ pub async fn serve(
         }
     }
     drop(listener);
-    connections.shutdown().await;
+    drop(closing);
+    while connections.join_next().await.is_some() {}
     Ok(())
-}
-
-async fn connection(stream: NbdStream, exports: Arc<Exports>, handshake: Duration) {
-    let ended = match stream {
-        NbdStream::Unix(stream) => talk(stream, &exports, handshake).await,
-        NbdStream::Tcp(stream) => talk(stream, &exports, handshake).await,
-    };
-    if let Err(error) = ended {
-        tracing::debug!("nbd: connection ended: {error}");
-    }
-}
-
-/// Serves one client from the first byte to the last.
-async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
-    mut stream: S,
-    exports: &Exports,
-    handshake: Duration,
-) -> io::Result<()> {
-    let negotiated = tokio::time::timeout(handshake, negotiate::negotiate(&mut stream, exports)).await;
-    match negotiated.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no export was chosen in time"))?? {
-        Some(session) => serve::transmit(stream, session).await,
-        None => Ok(()),
-    }
 }

@@ -1,4 +1,4 @@
-//! The transmission: requests in, replies out, one task per connection.
+//! The transmission: requests in, replies out, one thread per connection.
 //!
 //! A hit is read into the connection's output buffer behind its header, and leaves with its neighbours in one write once
 //! no complete request is left in the input buffer: no allocation, no zeroing, no change of task. A large read is cut
@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
 use super::negotiate::{Context, Replies, Session};
@@ -36,12 +37,16 @@ const HEADER_ROOM: usize = proto::DATA_CHUNK_LEN;
 /// Where data starts in the output buffer: copies to aligned memory are faster.
 const ALIGN: usize = 64;
 
-/// Answers `session`'s requests until the client leaves.
+/// Answers `session`'s requests until the client leaves; misses run on `runtime`.
 ///
 /// # Errors
 /// The connection broke, or the client does not follow the protocol.
-pub(super) async fn transmit<S: AsyncRead + AsyncWrite + Unpin>(stream: S, session: Session) -> io::Result<()> {
-    let mut connection = Connection::new(stream, session);
+pub(super) async fn transmit<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    session: Session,
+    runtime: &Handle,
+) -> io::Result<()> {
+    let mut connection = Connection::new(stream, session, runtime.clone());
     loop {
         while let Some(request) = connection.next_request()? {
             if request.command == Command::Disconnect {
@@ -90,12 +95,14 @@ struct Connection<S> {
     output: Vec<u8>,
     start: usize,
     filled: usize,
+    /// Where misses run.
+    runtime: Handle,
     misses: JoinSet<Finished>,
     miss_bytes: u32,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    fn new(stream: S, session: Session) -> Self {
+    fn new(stream: S, session: Session, runtime: Handle) -> Self {
         let output = vec![0; OUTPUT];
         let header = match session.replies {
             Replies::Simple => proto::SIMPLE_LEN,
@@ -114,6 +121,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             output,
             start,
             filled: start,
+            runtime,
             misses: JoinSet::new(),
             miss_bytes: 0,
         }
@@ -249,10 +257,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let len = rest.min(PIECE as u32);
             self.reserve(len as usize).await?;
             if !matches!(self.read_piece(0, offset, len), Ok(Local::Done)) {
-                let at = self.filled;
                 let device = Arc::clone(&self.device);
-                let read = device.read_at(offset, &mut self.output[at..at + len as usize]).await;
-                read.map_err(|error| io::Error::other(format!("a read failed after its header was sent: {error}")))?;
+                let task = async move {
+                    let mut data = vec![0; len as usize];
+                    device.read_at(offset, &mut data).await.map(|()| data)
+                };
+                let read = self.runtime.spawn(task).await?;
+                let data = read
+                    .map_err(|error| io::Error::other(format!("a read failed after its header was sent: {error}")))?;
+                self.output[self.filled..self.filled + data.len()].copy_from_slice(&data);
             }
             self.filled += len as usize;
             offset += u64::from(len);
@@ -292,11 +305,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn miss(&mut self, request: Request) -> io::Result<()> {
         self.admit(request.len).await?;
         let device = Arc::clone(&self.device);
-        self.misses.spawn(async move {
+        let task = async move {
             let mut data = vec![0; HEADER_ROOM + request.len as usize];
             let read = device.read_at(request.offset, &mut data[HEADER_ROOM..]).await;
             Finished { request, cost: request.len, data: read.map(|()| data) }
-        });
+        };
+        self.misses.spawn_on(task, &self.runtime);
         Ok(())
     }
 
@@ -305,7 +319,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let (request, cost) = (*request, request.len.min(PREFETCH));
         self.admit(cost).await?;
         let device = Arc::clone(&self.device);
-        self.misses.spawn(async move {
+        let task = async move {
             let mut scratch = vec![0; cost as usize];
             let (mut offset, mut rest) = (request.offset, request.len);
             let mut read = Ok(());
@@ -316,7 +330,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 rest -= len;
             }
             Finished { request, cost, data: read.map(|()| Vec::new()) }
-        });
+        };
+        self.misses.spawn_on(task, &self.runtime);
         Ok(())
     }
 

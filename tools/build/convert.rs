@@ -1,0 +1,190 @@
+//! One platform's source on its way to packs and an index: a device whose contents are chunks, then what is made of it.
+
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+
+use super::arrange::{self, Arranged, DataRun};
+use super::assemble::{Assembled, Parts, assemble};
+use super::decode::{Expected, Layer};
+use super::input::{self, Input, Root};
+use super::intake::Intake;
+use super::metadata::{DeviceExtent, Windows};
+use super::pipeline::{Pipeline, Settings};
+use super::progress::{Event, Progress};
+use super::rootfs::{Rootfs, Whiteouts};
+use super::{Request, Tree, layer, raw, reuse, verity, walk};
+use crate::error::{Error, Result};
+use crate::ext4;
+
+/// A device whose contents are in chunks.
+struct Device {
+    /// In ascending order.
+    extents: Vec<DeviceExtent>,
+    bytes: u64,
+    /// As in the index.
+    file_system: &'static str,
+    inodes: u32,
+    pipeline: Pipeline,
+}
+
+/// What became of a source.
+pub(super) struct Converted {
+    pub assembled: Assembled,
+    pub device_bytes: u64,
+    pub inodes: u32,
+    pub verity: Option<verity::Verity>,
+}
+
+/// One platform: from its layers to packs and an index.
+pub(super) fn convert(
+    request: &Request,
+    input: &Input,
+    earlier: &[reuse::Earlier],
+    progress: &Arc<dyn Progress>,
+    runtime: &Handle,
+) -> Result<Converted> {
+    let mut pipeline = Pipeline::start(Settings {
+        level: request.level,
+        workers: request.workers,
+        temp: &request.temp,
+        reusable: reuse::chunks(earlier),
+        progress: progress.clone(),
+        leaves: request.tree,
+    })?;
+    let mut device = if let Root::Raw(path) = &input.root {
+        let platform = &input.platform.to_string();
+        let disk = raw::Disk::open(path, request.size, &request.limits)?;
+        progress.event(Event::Image { platform, layers: 1, bytes: Some(disk.bytes()) });
+        progress.event(Event::Layer { name: &path.display().to_string() });
+        let extents = disk.read(&mut pipeline, &**progress)?;
+        Device { extents, bytes: disk.device_bytes(), file_system: "raw", inodes: 0, pipeline }
+    } else {
+        let mut intake = Intake::new(pipeline, &request.temp)?;
+        let mut rootfs = Rootfs::new(&request.limits);
+        read(request, input, &mut rootfs, &mut intake, progress, runtime)?;
+        file_system(arrange::arrange(rootfs, intake)?, request.size)?
+    };
+    let verity = match request.tree {
+        Tree::None => None,
+        Tree::Verity => {
+            let (verity, extents, bytes) = verity::append(&mut device.pipeline, &device.extents, device.bytes)?;
+            device.extents.extend(extents);
+            device.bytes = bytes;
+            Some(verity)
+        }
+    };
+    let Device { extents, bytes: device_bytes, file_system, inodes, pipeline } = device;
+    let parts = Parts {
+        extents: &extents,
+        device_bytes,
+        file_system,
+        store: &pipeline.finish()?,
+        earlier,
+        level: request.level,
+        workers: request.workers,
+        temp: &request.temp,
+    };
+    Ok(Converted { assembled: assemble(&parts, &**progress)?, device_bytes, inodes, verity })
+}
+
+/// Flattens layers that are in memory and plans a file system: how many inodes it has.
+pub(super) fn flatten(layers: Vec<Vec<u8>>, request: &Request, progress: &Arc<dyn Progress>) -> Result<u32> {
+    let pipeline = Pipeline::start(Settings {
+        level: 1,
+        workers: 1,
+        temp: &request.temp,
+        reusable: super::pipeline::Reusable::new(),
+        progress: progress.clone(),
+        leaves: Tree::None,
+    })?;
+    let mut intake = Intake::new(pipeline, &request.temp)?;
+    let mut rootfs = Rootfs::new(&request.limits);
+    let (expected, mut left) = (Expected::default(), request.limits.plain_bytes);
+    for layer in layers {
+        rootfs.next_layer();
+        let stream = Layer::open(Box::new(std::io::Cursor::new(layer)), &expected, left, progress.clone())?;
+        left = layer::apply(stream, &mut rootfs, &mut intake, Whiteouts::Apply)?.finish(&expected)?;
+    }
+    let device = file_system(arrange::arrange(rootfs, intake)?, None)?;
+    device.pipeline.finish()?;
+    Ok(device.inodes)
+}
+
+/// Plans the file system and turns its metadata into chunks.
+fn file_system(arranged: Arranged, size: Option<u64>) -> Result<Device> {
+    let Arranged { tree, data_order, runs, seed, mut pipeline } = arranged;
+    let options = ext4::Options { seed, size, data_order, ..ext4::Options::default() };
+    let plan = ext4::plan(&tree, &options)?;
+    let mut windows = Windows::new(&mut pipeline);
+    plan.write_metadata(&tree, &mut |block, bytes| windows.write(block, bytes))?;
+    let mut extents = windows.finish()?;
+    // The tree is large, and its place is needed from here on.
+    drop(tree);
+    add_data(&mut extents, &plan, &runs)?;
+    Ok(Device { extents, bytes: plan.device_bytes(), file_system: "ext4", inodes: plan.inodes(), pipeline })
+}
+
+/// Adds the files' data, which follow the metadata without a gap.
+fn add_data(extents: &mut Vec<DeviceExtent>, plan: &ext4::Plan, runs: &[DataRun]) -> Result<()> {
+    let range = plan.data_blocks();
+    let mut at = range.start;
+    let misplaced = || Error::invalid("build", "the file system's plan and the data disagree");
+    for run in runs {
+        if run.first.is_some_and(|first| plan.data_start(first) != Some(at)) {
+            return Err(misplaced());
+        }
+        extents.push(DeviceExtent { block: at, blocks: run.blocks, job: run.job, offset: 0 });
+        at = at.checked_add(run.blocks).ok_or_else(misplaced)?;
+    }
+    if at != range.end { Err(misplaced()) } else { Ok(()) }
+}
+
+/// Reads the source into the tree, and its contents into chunks.
+fn read(
+    request: &Request,
+    input: &Input,
+    rootfs: &mut Rootfs,
+    intake: &mut Intake,
+    progress: &Arc<dyn Progress>,
+    runtime: &Handle,
+) -> Result<()> {
+    let platform = input.platform.to_string();
+    let image = |layers, bytes| progress.event(Event::Image { platform: &platform, layers, bytes });
+    match &input.root {
+        Root::Raw(path) => Err(Error::invalid("source", format!("{} is a disk image", path.display()))),
+        Root::Directory(path) => {
+            image(1, None);
+            progress.event(Event::Layer { name: &path.display().to_string() });
+            walk::walk(path, request.source_date, rootfs, intake, &**progress)
+        }
+        Root::Tar(path) => {
+            let (stored, bytes) = input::open_tar(path)?;
+            image(1, bytes);
+            let name = path.display().to_string();
+            progress.event(Event::Layer { name: &name });
+            let expected = Expected::default();
+            let layer = Layer::open(stored, &expected, request.limits.plain_bytes, progress.clone());
+            layer
+                .and_then(|layer| layer::apply(layer, rootfs, intake, Whiteouts::Keep))
+                .and_then(|layer| layer.finish(&expected))
+                .map(drop)
+                .map_err(|error| layer::context(error, &name))
+        }
+        Root::Layers(layers) => {
+            image(layers.len(), Some(layers.iter().map(|layer| layer.bytes).sum()));
+            let mut left = request.limits.plain_bytes;
+            for layer in layers {
+                progress.event(Event::Layer { name: &layer.name });
+                rootfs.next_layer();
+                let stream =
+                    layer.open(runtime).and_then(|stored| Layer::open(stored, &layer.expected, left, progress.clone()));
+                left = stream
+                    .and_then(|stream| layer::apply(stream, rootfs, intake, Whiteouts::Apply))
+                    .and_then(|stream| stream.finish(&layer.expected))
+                    .map_err(|error| layer::context(error, &format!("layer {}", layer.name)))?;
+            }
+            Ok(())
+        }
+    }
+}
