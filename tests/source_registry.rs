@@ -247,6 +247,58 @@ async fn what_a_token_server_answers_is_bounded_and_checked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_redirect_is_kept_until_it_expires_or_fails() {
+    let (registry, storage) = (Hostile::start().await, Hostile::start().await);
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = packs::content(9, 100_000);
+    storage.put("/b", bytes.clone());
+    let path = format!("/v2/app/blobs/{}", Digest::of(&bytes));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let config = dir.path().join("config.json");
+    registry::write_docker_config(&config, registry.host(), "user", "secret");
+    let repository = open(&format!("{}/app:v1", registry.host()), &access(&dir), Purpose::Read).await;
+    let redirect = |life: u64| {
+        let target = format!("http://{}/b?Expires={}&Signature=s", storage.host(), now + life);
+        registry.policy(move |request| {
+            Some(match request.headers.contains_key("authorization") {
+                true => Answer::Status(307, vec![format!("Location: {target}")], String::new()),
+                false => Answer::Status(401, vec!["WWW-Authenticate: Basic realm=x".into()], String::new()),
+            })
+        });
+    };
+    let check = async |offset: u64| {
+        let found = read(&repository, &blob(&bytes), offset, 50).await.unwrap();
+        assert_eq!(found, bytes[offset as usize..][..50]);
+    };
+    redirect(600);
+    for at in 0..5 {
+        check(at * 1000).await;
+    }
+    assert_eq!(registry.count(&path), 2, "once without and once with authorization");
+
+    // What storage refuses, answers wrong or not at all is asked of the registry again.
+    let mut asked = 2;
+    for fault in [Answer::Status(403, vec![], String::new()), Answer::Reset, Answer::Status(500, vec![], String::new())]
+    {
+        storage.next([fault]);
+        check(70).await;
+        asked += 1;
+        assert_eq!(registry.count(&path), asked);
+        check(80).await;
+        assert_eq!(registry.count(&path), asked);
+    }
+    storage.next([Answer::Whole]);
+    assert!(matches!(read(&repository, &blob(&bytes), 7, 70).await, Err(Error::Refused { .. })));
+    redirect(16);
+    check(90).await;
+    assert_eq!(registry.count(&path), asked + 1);
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    check(95).await;
+    assert_eq!(registry.count(&path), asked + 2, "it had expired, less a margin");
+    assert!(storage.requests().iter().all(|request| !request.headers.contains_key("authorization")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn credentials_do_not_follow_a_redirect_to_another_host() {
     let (tokens, storage, dir) = (tokens("").await, Hostile::start().await, tempfile::tempdir().unwrap());
     let bytes = packs::content(4, 50_000);

@@ -22,6 +22,8 @@ pub struct Access {
     pub plain_http: bool,
     /// docker's config.json with the credentials; without it `$DOCKER_CONFIG/config.json` or `~/.docker/config.json`.
     pub docker_config: Option<PathBuf>,
+    /// containerd's `certs.d`: how hosts are reached and what they are trusted by.
+    pub hosts_dir: PathBuf,
     /// Longest wait for a connection.
     pub connect: Duration,
     /// Longest wait without progress: for an answer to begin, and between two pieces of it.
@@ -33,6 +35,7 @@ impl Default for Access {
         Self {
             plain_http: false,
             docker_config: None,
+            hosts_dir: "/etc/containerd/certs.d".into(),
             connect: Duration::from_secs(10),
             stall: Duration::from_secs(20),
         }

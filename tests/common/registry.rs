@@ -29,6 +29,29 @@ impl Registry {
         Self::launch("auth:\n  htpasswd:\n    realm: test\n    path: HTPASSWD\n")
     }
 
+    /// A registry that speaks TLS with a certificate for 127.0.0.1 by an authority of its own, and asks for [`USER`] and
+    /// [`PASSWORD`].
+    pub fn with_tls() -> Self {
+        Self::launch(
+            "  tls:\n    certificate: DIR/cert.pem\n    key: DIR/key.pem\nauth:\n  htpasswd:\n    realm: test\n    path: HTPASSWD\n",
+        )
+    }
+
+    /// The certificate of the authority of [`Registry::with_tls`].
+    pub fn ca(&self) -> PathBuf {
+        self.dir.path().join("ca.pem")
+    }
+
+    fn make_certificates(dir: &Path) {
+        let script = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=authority \
+                      -keyout ca.key -out ca.pem -addext basicConstraints=critical,CA:TRUE
+            openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=registry -keyout key.pem -out csr.pem
+            printf 'subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n' > ext
+            openssl x509 -req -in csr.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile ext -out cert.pem";
+        let output = Command::new("sh").args(["-ec", script]).current_dir(dir).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
     fn launch(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -38,9 +61,12 @@ impl Registry {
             "version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: false\nstorage:\n  filesystem:\n    \
              rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: 127.0.0.1:{port}\n{}",
             dir.path().join("data").display(),
-            more.replace("HTPASSWD", &htpasswd.display().to_string()),
+            more.replace("HTPASSWD", &htpasswd.display().to_string()).replace("DIR", &dir.path().display().to_string()),
         );
         std::fs::write(dir.path().join("config.yml"), config).unwrap();
+        if more.contains("tls:") {
+            Self::make_certificates(dir.path());
+        }
         let mut registry = Self { child: None, dir, port };
         registry.resume();
         registry

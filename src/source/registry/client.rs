@@ -8,11 +8,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 use parking_lot::Mutex;
-use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, LOCATION, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, LOCATION, RANGE, RETRY_AFTER};
 use reqwest::{Method, Response, StatusCode, Url};
 use tokio::time::Instant;
 
 use super::auth::{Auth, Authorization};
+use super::hosts::Host;
+use super::redirects::Redirects;
 use super::wire::{self, Timeouts};
 use crate::error::{Error, Result};
 use crate::source::files;
@@ -42,6 +44,11 @@ impl Call {
     pub(super) fn new(method: Method, url: Url, what: impl Into<String>, scope: &str) -> Self {
         Self { method, url, what: what.into(), scope: scope.to_owned(), headers: HeaderMap::new(), content: None }
     }
+
+    /// Whether where it is redirected to is good for other requests of its URL: ranges of a blob are.
+    fn keeps_redirect(&self) -> bool {
+        self.method == Method::GET && self.headers.contains_key(RANGE)
+    }
 }
 
 /// Speaks to one registry.
@@ -49,8 +56,11 @@ pub(super) struct Client {
     http: reqwest::Client,
     auth: Auth,
     base: Url,
+    /// For the registry alone.
+    headers: HeaderMap,
     name: String,
     timeouts: Timeouts,
+    redirects: Redirects,
     /// The registry asked to be left alone until then.
     not_before: Mutex<Option<Instant>>,
 }
@@ -61,20 +71,35 @@ impl Client {
         let loopback = is_loopback(host);
         let scheme = if loopback || access.plain_http { "http" } else { "https" };
         let server = if host == "docker.io" { "registry-1.docker.io" } else { host };
-        let base = Url::parse(&format!("{scheme}://{server}/v2/"))
-            .map_err(|error| Error::invalid(format!("registry {host:?}"), error.to_string()))?;
+        let settings = Host::load(&access.hosts_dir, host)?;
+        let server = settings.server.clone().unwrap_or_else(|| format!("{scheme}://{server}"));
+        let path = if settings.override_path { "/" } else { "/v2/" };
+        let base = Url::parse(&format!("{}{path}", server.trim_end_matches('/')))
+            .ok()
+            .filter(|base| matches!(base.scheme(), "http" | "https") && base.has_host())
+            .ok_or_else(|| Error::invalid(format!("registry {host:?}"), format!("{server:?} is not its URL")))?;
         let timeouts = Timeouts { connect: access.connect, stall: access.stall };
         let mut builder = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(access.connect)
             .user_agent(concat!("firstread/", env!("CARGO_PKG_VERSION")));
+        builder = settings.apply(builder)?;
         if loopback {
             builder = builder.no_proxy();
         }
         let http = builder.build().map_err(|error| Error::unreachable(name, wire::describe(&error)))?;
         let auth =
             Auth::new(name.to_owned(), &base, host.to_owned(), access.docker_config.clone(), http.clone(), timeouts);
-        Ok(Self { http, auth, base, name: name.to_owned(), timeouts, not_before: Mutex::new(None) })
+        Ok(Self {
+            headers: settings.headers()?,
+            http,
+            auth,
+            base,
+            name: name.to_owned(),
+            timeouts,
+            redirects: Redirects::default(),
+            not_before: Mutex::new(None),
+        })
     }
 
     pub(super) fn timeouts(&self) -> Timeouts {
@@ -88,6 +113,9 @@ impl Client {
 
     /// Sends `call` and returns the answer if `accept` takes its status, else the error that it means.
     pub(super) async fn send(&self, call: &Call, accept: impl Fn(StatusCode) -> bool) -> Result<Response> {
+        if let Some(response) = self.shortcut(call, &accept).await {
+            return Ok(response);
+        }
         self.wait_until_welcome().await;
         // Three tries: without authorization, with a grant that has meanwhile been revoked, with a new one.
         let mut tries = 3;
@@ -96,6 +124,9 @@ impl Client {
             let authorization = self.auth.authorization(&call.scope).await?;
             let (response, at_home) = self.follow(call, authorization.as_ref()).await?;
             if accept(response.status()) {
+                if call.keeps_redirect() && !at_home {
+                    self.redirects.keep(&call.url, response.url());
+                }
                 return Ok(response);
             }
             if response.status() == StatusCode::UNAUTHORIZED
@@ -110,6 +141,24 @@ impl Client {
         }
     }
 
+    /// Makes the next request of `call`'s URL start at the registry.
+    pub(super) fn forget_redirect(&self, call: &Call) {
+        self.redirects.forget(&call.url);
+    }
+
+    /// Asks where the registry redirected to before. Whatever goes wrong there, the registry is asked again.
+    async fn shortcut(&self, call: &Call, accept: &impl Fn(StatusCode) -> bool) -> Option<Response> {
+        let url = self.redirects.get(&call.url).filter(|_| call.keeps_redirect())?;
+        let request = self.http.request(call.method.clone(), url).headers(call.headers.clone());
+        match wire::send(request, &self.name, self.timeouts).await {
+            Ok(response) if accept(response.status()) => Some(response),
+            _ => {
+                self.redirects.forget(&call.url);
+                None
+            }
+        }
+    }
+
     /// Follows redirects; says whether the answer is the registry's own. The authorization stays with the registry:
     /// once a redirect has left it, no later request of the chain carries it.
     async fn follow(&self, call: &Call, authorization: Option<&Authorization>) -> Result<(Response, bool)> {
@@ -117,6 +166,9 @@ impl Client {
         let mut at_home = url.origin() == self.base.origin();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.http.request(call.method.clone(), url.clone()).headers(call.headers.clone());
+            if at_home {
+                request = request.headers(self.headers.clone());
+            }
             if let Some(authorization) = authorization.filter(|_| at_home) {
                 request = request.header(AUTHORIZATION, authorization.header.clone());
             }

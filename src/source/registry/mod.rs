@@ -7,7 +7,9 @@ mod auth;
 mod challenge;
 mod client;
 mod credentials;
+mod hosts;
 mod push;
+mod redirects;
 mod wire;
 
 use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE};
@@ -102,10 +104,9 @@ impl Registry {
         let range = HeaderValue::try_from(format!("bytes={offset}-{last}"));
         call.headers.insert(RANGE, range.map_err(|error| Error::invalid("range", error.to_string()))?);
         let response = self.client.send(&call, |status| status.is_success()).await?;
-        check_range_answer(&response, blob, offset, len).map_err(|reason| Error::Refused {
-            source_name: self.name.clone(),
-            what,
-            reason,
+        check_range_answer(&response, blob, offset, len).map_err(|reason| {
+            self.client.forget_redirect(&call);
+            Error::Refused { source_name: self.name.clone(), what, reason }
         })?;
         Ok(wire::body(response, len, self.name.clone(), self.client.timeouts()))
     }
