@@ -78,7 +78,7 @@ impl Node {
         let (node, name) = (Arc::clone(self), format!("pin {}", request.reference));
         self.jobs.start_or_ask(&name, |job| async move {
             let reference: Reference = request.reference.parse()?;
-            let image = node.images.open(&reference, &request.access).await?;
+            let image = node.images.open(&reference, &request.access, None).await?;
             let digests: Vec<Digest> = image.index.chunks().map(|chunk| chunk.digest).collect();
             node.pool.pin(&digests);
             match node.fill(&request.reference, &image, &job).await {
