@@ -91,7 +91,9 @@ fn a_scrub_finds_what_rotted() {
     let pinned = node.json(&["pin", &reference]);
     let found = node.json(&["pool", "scrub"]);
     assert_eq!((&found["chunks"], &found["damaged"]), (&pinned["chunks"], &0.into()));
-    let slab = fs::OpenOptions::new().read(true).write(true).open(node.root().join("pool/slab-00000000")).unwrap();
+    let files = fs::read_dir(node.root().join("pool")).unwrap().map(|entry| entry.unwrap().path());
+    let slab = files.max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap();
+    let slab = fs::OpenOptions::new().read(true).write(true).open(slab).unwrap();
     let at = slab.metadata().unwrap().len() - 5000;
     let mut byte = [0];
     slab.read_exact_at(&mut byte, at).unwrap();
