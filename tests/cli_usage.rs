@@ -114,4 +114,6 @@ fn build_becomes_the_builder_beside_the_program() {
     let output = Command::new(&program).args(["build", "--json", "--help", "dir:x", "-q"]).output().unwrap();
     assert_eq!(output.status.code(), Some(7));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "build --json --help dir:x -q\n");
+    let output = Command::new(&program).args(["--quiet", "build", "dir:x", "oci:y"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "build --quiet dir:x oci:y\n");
 }

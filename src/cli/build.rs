@@ -7,6 +7,7 @@ use std::process::Command;
 use clap::Args;
 
 use super::Outcome;
+use super::options::Global;
 use crate::daemon::control::{Kind, Problem};
 
 /// The builder's name.
@@ -18,6 +19,21 @@ pub struct Build {
     /// Everything is passed on: see `firstread build --help`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
     pub arguments: Vec<OsString>,
+}
+
+impl Build {
+    /// The builder's arguments: what was said before the verb holds for it as well.
+    pub fn after(self, global: &Global) -> Vec<OsString> {
+        let said = |flags: &[&str]| self.arguments.iter().any(|argument| flags.iter().any(|flag| argument == flag));
+        let mut before: Vec<OsString> = Vec::new();
+        if global.json && !said(&["--json"]) {
+            before.push("--json".into());
+        }
+        if global.quiet && !said(&["--quiet", "-q"]) {
+            before.push("--quiet".into());
+        }
+        before.into_iter().chain(self.arguments).collect()
+    }
 }
 
 /// Becomes the builder; returns only when that fails.

@@ -109,7 +109,7 @@ fn dispatch(arguments: Arguments) -> Outcome {
         return verb.run(global);
     }
     if let Verb::Build(verb) = arguments.verb {
-        return build::exec(&verb.arguments);
+        return build::exec(&verb.after(&global));
     }
     let context = Context::new(global)?;
     match arguments.verb {
