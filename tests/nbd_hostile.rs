@@ -4,68 +4,19 @@
 
 #[path = "common/file_device.rs"]
 mod file_device;
+#[path = "common/nbd_raw.rs"]
+mod nbd_raw;
 #[path = "common/nbd_server.rs"]
 mod nbd_server;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use file_device::{BLOCK, FileDevice, write_reference};
-use firstread::attach::nbd::serve::MISS_BYTES_MAX;
+use file_device::BLOCK;
 use firstread::attach::nbd::{NbdOptions, proto};
-use nbd_server::{Server, libnbd, run};
+use nbd_raw::{BLOCKS, connect, enter_transmission, healthy, option, request, setup};
 use proptest::prelude::*;
-use tempfile::TempDir;
-
-const BLOCKS: u64 = 2048;
-
-fn setup(options: NbdOptions) -> (TempDir, Arc<FileDevice>, Server) {
-    let dir = TempDir::new().unwrap();
-    let device = FileDevice::open(&write_reference(dir.path().join("disk"), BLOCKS, |block| block % 7 == 0));
-    let server = Server::start(dir.path(), device.clone(), options);
-    (dir, device, server)
-}
-
-fn connect(server: &Server) -> UnixStream {
-    let stream = UnixStream::connect(&server.path).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
-    stream
-}
-
-fn option(number: u32, len: u32, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = proto::OPTION_MAGIC.to_be_bytes().to_vec();
-    bytes.extend_from_slice(&number.to_be_bytes());
-    bytes.extend_from_slice(&len.to_be_bytes());
-    bytes.extend_from_slice(payload);
-    bytes
-}
-
-fn request(command: u16, flags: u16, offset: u64, len: u32) -> Vec<u8> {
-    let mut bytes = proto::REQUEST_MAGIC.to_be_bytes().to_vec();
-    bytes.extend_from_slice(&flags.to_be_bytes());
-    bytes.extend_from_slice(&command.to_be_bytes());
-    bytes.extend_from_slice(&7u64.to_be_bytes());
-    bytes.extend_from_slice(&offset.to_be_bytes());
-    bytes.extend_from_slice(&len.to_be_bytes());
-    bytes
-}
-
-/// Greets, chooses the export, and reads away the answers.
-fn enter_transmission(server: &Server) -> UnixStream {
-    let mut stream = connect(server);
-    stream.write_all(&[0, 0, 0, 3]).unwrap();
-    stream.write_all(&option(proto::option::STRUCTURED_REPLY, 0, &[])).unwrap();
-    stream.write_all(&option(proto::option::GO, 10, b"\0\0\0\x04disk\0\0")).unwrap();
-    // Greeting, ACK, two INFO (12 and 14 bytes), ACK.
-    let mut answers = [0; 18 + 20 + 32 + 34 + 20];
-    stream.read_exact(&mut answers).unwrap();
-    stream
-}
 
 /// Reads until the server ends the connection; how many bytes it sent.
 fn drain(stream: &mut impl Read) -> u64 {
@@ -79,10 +30,6 @@ fn drain(stream: &mut impl Read) -> u64 {
             Err(error) => panic!("the server neither answers nor hangs up: {error}"),
         }
     }
-}
-
-fn healthy(server: &Server) {
-    assert_eq!(run("nbdinfo", &["--size", &server.uri()]).trim(), (BLOCKS * BLOCK).to_string());
 }
 
 fn descriptors() -> usize {
@@ -202,36 +149,6 @@ fn connections_are_bounded_and_come_free_again() {
     drop(full);
     std::thread::sleep(Duration::from_millis(200));
     healthy(&server);
-}
-
-/// Clients that ask for gigabytes and read nothing: the server's memory stays, others are served.
-#[test]
-fn a_client_that_does_not_read_stops_only_itself() {
-    const CLIENTS: u64 = 8;
-    let (_dir, device, server) = setup(NbdOptions::default());
-    device.make_remote(BLOCKS / 2 * BLOCK..BLOCKS * BLOCK);
-    device.delay_misses(Duration::from_secs(2));
-    let resident = || -> u64 {
-        let status = std::fs::read_to_string("/proc/self/statm").unwrap();
-        status.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-    };
-    let before = resident();
-    let len = (BLOCKS / 2 * BLOCK) as u32;
-    let mut lazy: Vec<_> = (0..CLIENTS).map(|_| enter_transmission(&server)).collect();
-    for (number, stream) in lazy.iter_mut().enumerate() {
-        // Half of them ask for what is local, half for what isn't.
-        let requests = vec![request(0, 0, number as u64 % 2 * u64::from(len), len); 200];
-        stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
-        let _ = stream.write_all(&requests.concat());
-    }
-    std::thread::sleep(Duration::from_millis(300));
-    healthy(&server);
-    libnbd(&server, "h.connect_uri(uri)\nassert len(h.pread(1 << 20, 4096)) == 1 << 20\n");
-    let allowed = CLIENTS / 2 * u64::from(MISS_BYTES_MAX / len);
-    assert_eq!(device.in_flight_max.load(Ordering::SeqCst), allowed);
-    std::thread::sleep(Duration::from_secs(3));
-    let grown = resident().saturating_sub(before);
-    assert!(grown < CLIENTS / 2 * (34 << 20) + (16 << 20), "{grown} bytes");
 }
 
 #[test]
