@@ -178,6 +178,16 @@ pub fn verify(digest: &Digest, plain: Vec<u8>) -> Result<Verified, Mismatch> {
     }
 }
 
+/// Whether all bytes are zero. Ends at the first that isn't, so that it costs nothing for data.
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
+    match bytes {
+        [] => true,
+        // Every byte equals the one before it, and the first is zero; slices compare with memcmp.
+        [first, rest @ ..] => *first == 0 && bytes[..rest.len()] == *rest,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

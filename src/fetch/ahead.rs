@@ -159,9 +159,14 @@ impl Ahead {
         self.streams.push_front(stream);
     }
 
+    /// Bytes that may be asked for in vain, of all that was missed so far.
+    fn budget(&self) -> u64 {
+        FREE.max(self.missed / 10)
+    }
+
     /// Bytes that may still be asked for in vain.
     fn allowance(&self) -> u64 {
-        FREE.max(self.missed / 10).saturating_sub(self.small + self.unused)
+        self.budget().saturating_sub(self.small + self.unused)
     }
 
     /// Small chunks that touch the run from position `first` to `last`, behind it and before it.
@@ -175,7 +180,7 @@ impl Ahead {
         wanted: &mut Vec<ChunkRef>,
     ) {
         // Half of what is allowed is kept for streams.
-        let share = (FREE.max(self.missed / 10) / 2).saturating_sub(self.small);
+        let share = (self.budget() / 2).saturating_sub(self.small);
         let mut left = share.min(self.allowance()).min(SMALL_TOTAL).min(options.read_ahead);
         let blob = order.get(last).map(|chunk| chunk.blob);
         let behind = (last + 1..).map(|at| order.get(at));

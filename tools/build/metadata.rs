@@ -1,8 +1,8 @@
 //! The file system's metadata area as chunks: windows of a chunk's size, aligned on the device, without their zeros.
 
 use super::intake::CHUNK_BLOCKS;
-use super::pipeline::{Pipeline, is_zero};
-use crate::chunk::CHUNK_SIZE;
+use super::pipeline::Pipeline;
+use crate::chunk::{CHUNK_SIZE, is_zero};
 use crate::error::{Error, Result};
 use crate::ext4::BLOCK_SIZE;
 

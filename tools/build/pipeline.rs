@@ -18,7 +18,7 @@ use zstd::bulk::Compressor;
 
 use super::progress::{Event, Progress};
 use super::{Tree, verity};
-use crate::chunk::{CHUNK_SIZE, ChunkRef, Digest};
+use crate::chunk::{CHUNK_SIZE, ChunkRef, Digest, is_zero};
 use crate::error::{Error, Result};
 
 /// What became of a job.
@@ -344,12 +344,4 @@ fn store(shared: &Shared, plain: &[u8], compressor: &mut Compressor<'static>, st
     }
     shared.progress.event(Event::Chunk { plain: plain_len, stored: len, reused: false });
     Ok(Outcome::Chunk(number))
-}
-
-/// Whether all bytes are zero: the first is, and each equals the one before it (a compare that memcmp does fast).
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    match bytes.split_first() {
-        Some((first, rest)) => *first == 0 && bytes.get(..rest.len()) == Some(rest),
-        None => true,
-    }
 }

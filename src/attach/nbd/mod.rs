@@ -6,7 +6,7 @@
 //!
 //! # What a client can cost
 //!
-//! Whatever it sends, at most per connection: 16 KiB of requests, 64 KiB of one option, [`serve::OUTPUT`] bytes of
+//! Whatever it sends, at most per connection: a thread with 512 KiB of stack, 16 KiB of requests, 64 KiB of one option, [`serve::OUTPUT`] bytes of
 //! replies, [`serve::MISSES_MAX`] misses of together [`serve::MISS_BYTES_MAX`] bytes, and 512 KiB of socket buffer in
 //! the kernel. [`NbdOptions::connections`] bounds the connections, [`NbdOptions::handshake`] the time without an export. A
 //! client that reads slowly stops its own connection only.

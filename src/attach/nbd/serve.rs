@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use super::negotiate::{Context, Replies, Session};
 use super::proto::{self, CHUNK_DONE, Command, Request, command_flag};
 use super::status;
+use crate::chunk::is_zero;
 use crate::device::{Device, Local, Residence, check_range};
 use crate::error::{Error, Result};
 
@@ -481,14 +482,5 @@ impl AsRef<[u8]> for Header {
             Self::Simple(bytes) => bytes,
             Self::Chunk(bytes) => bytes,
         }
-    }
-}
-
-/// Whether all bytes are zero. Ends at the first that isn't, so that it costs nothing for data.
-fn is_zero(bytes: &[u8]) -> bool {
-    match bytes {
-        [] => true,
-        // Every byte equals the one before it, and the first is zero; slices compare with memcmp.
-        [first, rest @ ..] => *first == 0 && bytes[..rest.len()] == *rest,
     }
 }
