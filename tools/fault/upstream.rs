@@ -192,7 +192,7 @@ async fn read(dir: &Path, request: &Request) -> anyhow::Result<Answer> {
 
 fn blob(dir: &Path, digest: &str) -> Option<PathBuf> {
     let digest: Digest = digest.parse().ok()?;
-    Some(dir.join("blobs/sha256").join(digest.hex().to_string()))
+    Some(dir.join("blobs/sha256").join(digest.hex()))
 }
 
 /// The manifest that a layout lists by a name, or has by a digest, with its media type.
