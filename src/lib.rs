@@ -13,8 +13,8 @@
 //! # Layers
 //!
 //! Each imports only downwards, which `tests/layers.rs` enforces:
-//! cli → snapshot → daemon → attach → device → pool → fetch → source | index → map | oci | ext4, on the foundation of
-//! chunk, error, media and sys.
+//! cli → snapshot → daemon → attach → device → pool → fetch → source → profile → map | oci | ext4 → index, on the
+//! foundation of chunk, error, media and sys.
 //!
 //! # Invariants
 //!
@@ -40,6 +40,7 @@ pub mod map;
 pub mod media;
 pub mod oci;
 pub mod pool;
+pub mod profile;
 pub mod source;
 pub mod sys;
 

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The layers from the top; layers on one line do not import each other.
-const RANKS: [&[&str]; 13] = [
+const RANKS: [&[&str]; 14] = [
     &["main"],
     &["cli"],
     &["snapshot"],
@@ -19,6 +19,7 @@ const RANKS: [&[&str]; 13] = [
     &["pool"],
     &["fetch"],
     &["source"],
+    &["profile"],
     &["map", "oci", "ext4"],
     &["index"],
     &["chunk", "error", "media", "sys"],

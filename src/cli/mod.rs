@@ -16,7 +16,9 @@ mod options;
 mod output;
 mod pin;
 mod pool;
+mod profile;
 mod progress;
+mod ready;
 mod reference;
 mod status;
 mod stop;
@@ -68,6 +70,10 @@ enum Verb {
     List(list::List),
     /// Show what was read, fetched and waited for
     Status(status::Status),
+    /// Write what a start read, in order, to a file; or merge such files
+    Profile(profile::Profile),
+    /// Say that the program on a device is ready: its start is over
+    Ready(ready::Ready),
     /// Fetch all of an image and keep it: afterwards it starts with the registry gone
     Pin(pin::Pin),
     /// Let the chunks of a pinned image be evicted again
@@ -122,6 +128,8 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Export(verb) => verb.run(&context),
         Verb::List(verb) => verb.run(&context),
         Verb::Status(verb) => verb.run(&context),
+        Verb::Profile(verb) => verb.run(&context),
+        Verb::Ready(verb) => verb.run(&context),
         Verb::Pin(verb) => verb.run(&context),
         Verb::Unpin(verb) => verb.run(&context),
         Verb::Pool(verb) => verb.run(&context),

@@ -54,6 +54,14 @@ impl Attachment {
         }
     }
 
+    /// Read-ahead of the block device in KiB.
+    #[must_use]
+    pub fn read_ahead_kb(&self) -> u32 {
+        match self {
+            Self::Loop(_) => LoopOptions::default().read_ahead_kb,
+        }
+    }
+
     /// Takes the device from the kernel. Blocks, for seconds when somebody looks at the device just now. After success
     /// only dropping is left; after an error everything is as before.
     ///

@@ -77,6 +77,24 @@ pub enum Call {
         /// One device (id, device path or mountpoint), or all.
         target: Option<String>,
     },
+    /// The program on a device is ready: its start is over. → [`Ready`]
+    Ready {
+        /// The device: its id, device path or mountpoint.
+        target: String,
+    },
+    /// What was read from a device, in the order of first touch. → [`ProfilePage`], the first one
+    Profile {
+        /// The device: its id, device path or mountpoint.
+        target: String,
+        /// How much of it.
+        #[serde(default)]
+        until: Until,
+    },
+    /// More of the profile that this connection asked for last. → [`ProfilePage`]
+    ProfileMore {
+        /// What the page before named.
+        from: u64,
+    },
     /// Serve an image over NBD until this connection ends. → [`Exported`]
     Export(Export),
     /// The node's pool. → the pool's own statistics
@@ -100,6 +118,35 @@ pub enum Call {
         /// What to do about devices that are in use.
         in_use: InUse,
     },
+}
+
+/// How much of what was read belongs to a profile.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Until {
+    /// What was read before the program was ready; all when nobody said that it is.
+    #[default]
+    Ready,
+    /// All.
+    Now,
+}
+
+/// A part of a profile's text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProfilePage {
+    /// The part.
+    pub text: String,
+    /// Where the next one begins, if there is one.
+    pub next: Option<u64>,
+}
+
+/// The answer to [`Call::Ready`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ready {
+    /// The device.
+    pub id: String,
+    /// Seconds from its attach until it was first said to be ready.
+    pub seconds: f64,
 }
 
 /// What a stopping daemon does about devices that are in use.

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use super::attachment::Attachment;
 use super::control::{DeviceInfo, Kind, Problem, State};
 use super::records::{Record, Records};
+use super::starts::Start;
 use crate::device::ImageDevice;
 use crate::error::Result;
 use crate::fetch::Image;
@@ -31,6 +32,8 @@ pub struct Served {
     pub image: Arc<Image>,
     /// The device itself.
     pub device: Arc<ImageDevice>,
+    /// Its start.
+    pub start: Start,
 }
 
 impl Entry {
@@ -38,6 +41,18 @@ impl Entry {
     #[must_use]
     pub fn info(&self) -> DeviceInfo {
         self.info.lock().clone()
+    }
+
+    /// What it serves.
+    ///
+    /// # Errors
+    /// Its server is gone.
+    pub fn served(&self) -> std::result::Result<&Served, Problem> {
+        self.served.as_ref().ok_or_else(|| {
+            let info = self.info.lock();
+            Problem::new(Kind::NotFound, format!("{} lost its server: nothing is known of its reads", info.id))
+                .hint("`firstread umount` or `firstread detach` it")
+        })
     }
 
     /// Takes the attachment in order to detach it.

@@ -19,4 +19,5 @@ pub mod pins;
 pub mod records;
 pub mod rundir;
 pub mod server;
+pub mod starts;
 pub mod startup;

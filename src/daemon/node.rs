@@ -19,6 +19,7 @@ use super::jobs::Jobs;
 use super::pins::PinnedImages;
 use super::records::{Record, Records};
 use super::server::Stopping;
+use super::starts::Start;
 use crate::device::{Device, ImageDevice};
 use crate::error::{Error, Result};
 use crate::fetch::{FetchOptions, Fetcher, Image, Origin, SourceReport};
@@ -34,7 +35,7 @@ pub struct Node {
     pub(super) images: Images,
     pub(super) pins: PinnedImages,
     pub(super) jobs: Jobs,
-    devices: Arc<Devices>,
+    pub(super) devices: Arc<Devices>,
     stop: watch::Sender<bool>,
 }
 
@@ -92,7 +93,8 @@ impl Node {
         let info = blocking(move || {
             let attachment = Attachment::attach(choice.transport, Arc::clone(&device) as Arc<dyn Device>, runtime)?;
             info.device = attachment.path().to_owned();
-            let served = Served { image, device };
+            let start = Start::new(Some(attachment.read_ahead_kb()));
+            let served = Served { image, device, start };
             reserved.fill(info.clone(), served, attachment)?;
             Ok(info)
         })

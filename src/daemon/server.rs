@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use super::control::{Call, Envelope, Kind, LINE_MAX, Outcome, Problem, Request, Response, SOCKET, VERSION};
 use super::exports::Serving;
 use super::node::{FAREWELL, Node};
+use super::starts::page;
 use crate::error::{Error, Result};
 
 /// Connections at a time.
@@ -79,11 +80,19 @@ pub struct Connection {
     gone: AtomicBool,
     tentative: Mutex<BTreeSet<String>>,
     exports: Mutex<Vec<Serving>>,
+    /// What was asked for last, while it is asked for page by page.
+    profile: Mutex<Option<Arc<str>>>,
 }
 
 impl Connection {
     fn new(node: Arc<Node>) -> Self {
-        Self { node, gone: AtomicBool::new(false), tentative: Mutex::default(), exports: Mutex::default() }
+        Self {
+            node,
+            gone: AtomicBool::new(false),
+            tentative: Mutex::default(),
+            exports: Mutex::default(),
+            profile: Mutex::default(),
+        }
     }
 
     async fn run(self: Arc<Self>, stream: UnixStream) {
@@ -186,6 +195,16 @@ impl Connection {
             Call::Find { target } => value(&node.find(&target)?),
             Call::List => value(&node.list()),
             Call::Status { target } => value(&node.status(target.as_deref()).await?),
+            Call::Ready { target } => value(&node.ready(&target)?),
+            Call::Profile { target, until } => {
+                let text = node.profile(&target, until).await?;
+                *self.profile.lock() = Some(Arc::clone(&text));
+                value(&page(&text, 0))
+            }
+            Call::ProfileMore { from } => {
+                let text = self.profile.lock().clone();
+                value(&page(text.as_deref().unwrap_or_default(), from))
+            }
             Call::Export(request) => {
                 let (exported, serving) = node.export(&request).await?;
                 self.exports.lock().push(serving);

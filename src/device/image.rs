@@ -2,15 +2,19 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
 
 use serde::Serialize;
 
+use super::touch::Touches;
+use super::waits::{Wait, Waits};
 use super::{Device, DeviceFuture, Local, Residence, check_range};
 use crate::chunk::{CHUNK_MAX, ChunkRef};
 use crate::error::{Error, Result};
 use crate::fetch::{Fetcher, Origin, Priority};
 use crate::map::{Map, Piece};
 use crate::pool::{Lookup, Pool};
+use crate::profile::Touch;
 
 /// Plain bytes that one request of a device waits for at a time: bounds the memory of a read however many chunks it
 /// touches.
@@ -25,6 +29,8 @@ pub struct ImageDevice {
     origin: Arc<Origin>,
     fetcher: Arc<Fetcher>,
     pool: Arc<Pool>,
+    touches: Touches,
+    waits: Waits,
     counters: Counters,
 }
 
@@ -48,6 +54,13 @@ pub struct ReadCounts {
     pub misses: u64,
 }
 
+/// Whether a read is recorded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trace {
+    Kept,
+    None,
+}
+
 /// A piece of a request whose chunk is not in the pool.
 struct Missing {
     chunk: u32,
@@ -62,7 +75,43 @@ impl ImageDevice {
     /// A device whose content `map` describes; its chunks come from `pool`, and from `origin` through `fetcher`.
     #[must_use]
     pub fn new(map: Map, origin: Arc<Origin>, fetcher: Arc<Fetcher>, pool: Arc<Pool>) -> Arc<Self> {
-        Arc::new(Self { map, origin, fetcher, pool, counters: Counters::default() })
+        let touches = Touches::new(map.index().device_bytes());
+        let waits = Waits::default();
+        Arc::new(Self { map, origin, fetcher, pool, touches, waits, counters: Counters::default() })
+    }
+
+    /// When the device was made: what all its times count from.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.touches.started()
+    }
+
+    /// The blocks that were read, in the order of first touch, and whether that is all of them.
+    #[must_use]
+    pub fn touches(&self) -> (Vec<Touch>, bool) {
+        self.touches.snapshot()
+    }
+
+    /// How many runs were touched for the first time, and when the last one was, in microseconds from
+    /// [`started`](Self::started).
+    #[must_use]
+    pub fn latest_touch(&self) -> (usize, Option<u64>) {
+        self.touches.latest()
+    }
+
+    /// The latest reads that waited for a source, oldest first, and how many before them were forgotten.
+    #[must_use]
+    pub fn waits(&self) -> (Vec<Wait>, u64) {
+        self.waits.snapshot()
+    }
+
+    /// Reads without leaving a trace in what was touched and waited for: for those who look at the device's contents
+    /// on behalf of nobody.
+    ///
+    /// # Errors
+    /// As of [`Device::read_at`].
+    pub async fn inspect_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read(offset, buf, Trace::None).await
     }
 
     /// The map.
@@ -94,8 +143,11 @@ impl ImageDevice {
         self.counters.bytes.fetch_add(bytes as u64, Relaxed);
     }
 
-    async fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+    async fn read(&self, offset: u64, buf: &mut [u8], trace: Trace) -> Result<()> {
         check_range(self.size(), offset, buf.len() as u64)?;
+        if trace == Trace::Kept {
+            self.touches.note(offset, buf.len());
+        }
         let mut missing = Vec::new();
         let mut waited = false;
         let (mut at, mut bytes) = (0, 0);
@@ -115,24 +167,33 @@ impl ImageDevice {
             }
             at = end;
             if bytes >= BATCH_BYTES {
-                self.fetch(&std::mem::take(&mut missing), buf).await?;
+                self.fetch(offset, &std::mem::take(&mut missing), buf, trace).await?;
                 bytes = 0;
             }
         }
         if !missing.is_empty() {
-            self.fetch(&missing, buf).await?;
+            self.fetch(offset, &missing, buf, trace).await?;
+        }
+        if trace == Trace::None {
+            return Ok(());
         }
         self.count(if waited { &self.counters.misses } else { &self.counters.hits }, buf.len());
         Ok(())
     }
 
-    /// Fetches the chunks of `missing` at once, so that neighbours come in one request, and copies the pieces to `buf`.
-    async fn fetch(&self, missing: &[Missing], buf: &mut [u8]) -> Result<()> {
+    /// Fetches the chunks of `missing` at once, so that neighbours come in one request, and copies the pieces to `buf`,
+    /// which is read from `offset`.
+    async fn fetch(&self, offset: u64, missing: &[Missing], buf: &mut [u8], trace: Trace) -> Result<()> {
         let mut numbers: Vec<u32> = missing.iter().map(|piece| piece.chunk).collect();
         numbers.sort_unstable();
         numbers.dedup();
         let references = numbers.iter().map(|&number| self.chunk(number)).collect::<Result<Vec<_>>>()?;
+        let asked = self.started().elapsed();
         let mut fetched = self.fetcher.fetch(&self.origin, &references, Priority::Demand).await;
+        if trace == Trace::Kept {
+            let pieces = missing.iter().map(|piece| (piece.chunk, offset + piece.at as u64, piece.len as u32));
+            self.waits.add(asked, self.started().elapsed(), pieces);
+        }
         if fetched.len() != references.len() {
             return Err(Error::invalid("fetch", format!("{} results for {} chunks", fetched.len(), references.len())));
         }
@@ -164,6 +225,7 @@ impl Device for ImageDevice {
 
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
         check_range(self.size(), offset, buf.len() as u64)?;
+        self.touches.note(offset, buf.len());
         let mut at = 0;
         for piece in self.map.cover(offset, buf.len() as u64) {
             let end = at + piece.len() as usize;
@@ -183,7 +245,7 @@ impl Device for ImageDevice {
     }
 
     fn read_at<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> DeviceFuture<'a, ()> {
-        Box::pin(self.read(offset, buf))
+        Box::pin(self.read(offset, buf, Trace::Kept))
     }
 
     /// Looks at a bounded number of pieces; what lies behind them counts as remote.

@@ -4,11 +4,14 @@
 //! waits for the network. What it can't answer goes to [`Device::read_at`], which may wait.
 
 mod image;
+mod touch;
+mod waits;
 
 use std::future::Future;
 use std::pin::Pin;
 
 pub use image::{ImageDevice, ReadCounts};
+pub use waits::Wait;
 
 use crate::error::{Error, Result};
 

@@ -1,6 +1,7 @@
 //! The index: a device's description on disk. Small, fetched whole, memory-mapped, validated once and then read
 //! without an allocation per record. FORMAT.md, beside this file, is the specification.
 
+mod identity;
 mod layout;
 mod read;
 mod write;
