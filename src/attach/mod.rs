@@ -9,3 +9,7 @@ pub mod holders;
 pub mod loop_device;
 #[cfg(feature = "nbd")]
 pub mod nbd;
+#[cfg(any(feature = "nbd", feature = "vhost-user"))]
+mod socket;
+#[cfg(feature = "vhost-user")]
+pub mod vhost_user;

@@ -1,6 +1,6 @@
 //! `firstread export`: serve an image to another program until stopped.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,7 +12,7 @@ use super::options::{AccessOptions, Context, absolute};
 use super::{Outcome, reference};
 use crate::daemon::client::Closer;
 use crate::daemon::config::Patience;
-use crate::daemon::control::{self, Call, Exported, Kind, Problem};
+use crate::daemon::control::{self, Call, Exported, Kind, Problem, Serve};
 
 /// Arguments of the verb.
 #[derive(Debug, Args)]
@@ -20,14 +20,35 @@ pub struct Export {
     /// The image: HOST[:PORT]/REPO[:TAG][@DIGEST] or oci:DIR[:TAG]
     #[arg(value_name = "REF")]
     reference: String,
-    /// Where NBD clients connect: unix:PATH or tcp:HOST:PORT (port 0: any free one)
-    #[arg(long, value_name = "ADDRESS")]
-    nbd: String,
+    #[command(flatten)]
+    form: Form,
     /// How long reads wait for unreachable sources: seconds, or `wait` for ever [default: the daemon's setting]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
     #[command(flatten)]
     access: AccessOptions,
+}
+
+/// How it is served.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Form {
+    /// To NBD clients, at unix:PATH or tcp:HOST:PORT (port 0: any free one)
+    #[arg(long, value_name = "ADDRESS")]
+    nbd: Option<String>,
+    /// To VMMs as vhost-user-blk, at this socket: QEMU, Cloud Hypervisor, Firecracker, Kata
+    #[arg(long, value_name = "PATH")]
+    vhost_user: Option<PathBuf>,
+}
+
+impl Form {
+    fn serve(&self) -> Outcome<Serve> {
+        match (&self.nbd, &self.vhost_user) {
+            (Some(text), None) => address(text).map(Serve::Nbd),
+            (None, Some(path)) => absolute(path).map(Serve::VhostUser),
+            _ => Err(Problem::new(Kind::Usage, "give one of --nbd and --vhost-user")),
+        }
+    }
 }
 
 impl Export {
@@ -37,7 +58,7 @@ impl Export {
     /// What the daemon says; also a daemon that stops first.
     pub fn run(&self, context: &Context) -> Outcome {
         let reference = reference::image(&self.reference)?.to_string();
-        let nbd = address(&self.nbd)?;
+        let serve = self.form.serve()?;
         let access = context.access(&self.access)?;
         let mut client = connect_or_start(context)?;
         let failed = |error: std::io::Error| Problem::new(Kind::Failed, format!("waiting for signals: {error}"));
@@ -49,7 +70,7 @@ impl Export {
             reference,
             access,
             on_outage: self.on_outage,
-            nbd,
+            serve,
         }));
         let outcome = exported.and_then(|exported| {
             context.output.answer(&exported, |exported| exported.uri.clone())?;

@@ -95,7 +95,7 @@ pub enum Call {
         /// What the page before named.
         from: u64,
     },
-    /// Serve an image over NBD until this connection ends. → [`Exported`]
+    /// Serve an image to another program until this connection ends. → [`Exported`]
     Export(Export),
     /// The node's pool. → the pool's own statistics
     PoolStat,
@@ -236,8 +236,19 @@ pub struct Export {
     /// How long its readers wait for unreachable sources; `None`: as the node's setting says.
     #[serde(default)]
     pub on_outage: Option<Patience>,
-    /// `unix:PATH` (absolute) or `tcp:HOST:PORT`.
-    pub nbd: String,
+    /// How and where.
+    #[serde(flatten)]
+    pub serve: Serve,
+}
+
+/// The forms in which an image is served to other programs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Serve {
+    /// NBD at `unix:PATH` (absolute) or `tcp:HOST:PORT`.
+    Nbd(String),
+    /// vhost-user-blk at this socket; the path is absolute.
+    VhostUser(PathBuf),
 }
 
 /// The answer to [`Call::Hello`].
@@ -303,7 +314,7 @@ pub struct Exported {
     pub image: String,
     /// Digest of the image's manifest.
     pub digest: String,
-    /// What NBD clients connect to.
+    /// What NBD clients connect to; for vhost-user-blk the socket's path.
     pub uri: String,
     /// Size of the device in bytes.
     pub device_bytes: u64,

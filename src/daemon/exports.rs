@@ -1,15 +1,21 @@
-//! Exports: an image served over NBD for as long as somebody wants it.
+//! Exports: an image served to another program for as long as somebody wants it.
 
+use std::future::Future;
 use std::net::ToSocketAddrs;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::attach::nbd::{Export, Exports, NbdListener, NbdOptions, serve};
+use crate::attach::nbd::{self, Export, Exports, NbdListener, NbdOptions};
+use crate::attach::vhost_user::{self, Access, Disk, VhostUserListener};
 use crate::device::Device;
 use crate::error::{Error, Result};
+
+/// Completes when an export shall end.
+type Stopped = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A server that runs until it is stopped or dropped.
 #[derive(Debug)]
@@ -21,20 +27,41 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Serves `device` at `address`: `unix:PATH` or `tcp:HOST:PORT`.
+    /// Serves `device` over NBD at `address`: `unix:PATH` or `tcp:HOST:PORT`.
     ///
     /// # Errors
     /// An address that is malformed or can't be bound.
-    pub async fn start(address: &str, description: String, device: Arc<dyn Device>) -> Result<Self> {
+    pub async fn nbd(address: &str, description: String, device: Arc<dyn Device>) -> Result<Self> {
         let (listener, uri) = bind(address).await?;
         let mut exports = Exports::new();
         exports.add(Export { name: String::new(), description, device })?;
+        Ok(Self::spawn(uri, |stop| nbd::serve(listener, exports, NbdOptions::default(), stop)))
+    }
+
+    /// Serves `device` to VMMs at the socket `path`; its serial number is the start of `digest`.
+    ///
+    /// # Errors
+    /// A path that can't be bound.
+    pub fn vhost_user(path: &Path, digest: &str, device: Arc<dyn Device>) -> Result<Self> {
+        if !path.is_absolute() {
+            return Err(Error::invalid("address", format!("{}: the socket's path must be absolute", path.display())));
+        }
+        let listener = VhostUserListener::bind(path)?;
+        let serial = digest.rsplit(':').next().unwrap_or_default().to_owned();
+        let disk = Disk { device, serial, access: Access::ReadOnly };
+        Ok(Self::spawn(path.display().to_string(), |stop| vhost_user::serve(listener, disk, stop)))
+    }
+
+    fn spawn<F>(uri: String, serve: impl FnOnce(Stopped) -> F) -> Self
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
         let (stop, stopped) = oneshot::channel::<()>();
-        let task = tokio::spawn(serve(listener, exports, NbdOptions::default(), async {
+        let stopped = Box::pin(async {
             // A sender that is gone means the same as its word.
             let _ = stopped.await;
-        }));
-        Ok(Self { uri, stop: Some(stop), task })
+        });
+        Self { uri, stop: Some(stop), task: tokio::spawn(serve(stopped)) }
     }
 
     /// Stops; returns when the socket is gone.

@@ -10,7 +10,7 @@ use super::attachment::{self, Attachment};
 use super::config::{Config, Patience};
 use super::control::{
     Attach, Attached, ByteCounts, ChunkCounts, DeviceInfo, Export, Exported, Health, HealthState, Hello, InUse, Kind,
-    Problem, SourceAccess, SourceStatus, State, Status, Stopped, Waits,
+    Problem, Serve, SourceAccess, SourceStatus, State, Status, Stopped, Waits,
 };
 use super::devices::{Devices, Entry, Served, still_held};
 use super::exports::Serving;
@@ -195,7 +195,7 @@ impl Node {
         Ok(blocking(move || Ok(entries.iter().map(|entry| numbers(entry, &pool, patience)).collect())).await?)
     }
 
-    /// Serves an image over NBD.
+    /// Serves an image to other programs.
     ///
     /// # Errors
     /// An image that can't be opened, or an address that can't be bound.
@@ -204,9 +204,12 @@ impl Node {
         let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
         let name = image.reference.to_string();
         let device_bytes = device.size();
-        let serving = Serving::start(&request.nbd, name.clone(), device).await?;
-        tracing::info!("{name} is exported at {}", serving.uri);
         let digest = image.manifest_digest.to_string();
+        let serving = match &request.serve {
+            Serve::Nbd(address) => Serving::nbd(address, name.clone(), device).await?,
+            Serve::VhostUser(path) => Serving::vhost_user(path, &digest, device)?,
+        };
+        tracing::info!("{name} is exported at {}", serving.uri);
         Ok((Exported { image: name, digest, uri: serving.uri.clone(), device_bytes }, serving))
     }
 

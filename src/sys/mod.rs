@@ -1,6 +1,8 @@
 //! System calls that need `unsafe`; the only place where it is allowed.
 #![allow(unsafe_code)]
 
+#[cfg(feature = "vhost-user")]
+pub mod guest_memory;
 pub mod loop_ioctl;
 pub mod mmap;
 pub mod namespace;

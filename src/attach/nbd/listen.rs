@@ -2,15 +2,13 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
+use crate::attach::socket::{self, SocketFile};
 use crate::error::{Error, Result};
 
 /// Bytes of kernel memory for replies on their way to a client (the kernel doubles it): one piece of a large read, so
@@ -39,21 +37,6 @@ pub enum NbdStream {
     Tcp(TcpStream),
 }
 
-/// A socket's file, removed on drop if it is still the one that was bound.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
 impl NbdListener {
     /// Binds a unix socket that only the owner may connect to (mode 0600). A socket that a dead server left is replaced.
     /// Must be called within a tokio runtime.
@@ -62,21 +45,9 @@ impl NbdListener {
     /// [`Error::Busy`] when another server answers at `path`, [`Error::Invalid`] when something else is there or the
     /// path is too long for a socket, or what the system says.
     pub fn unix(path: &Path) -> Result<Self> {
+        let (listener, file) = socket::listen(path)?;
         let failed = |source: io::Error| Error::io(format!("listen on {}", path.display()), source);
-        let address = SocketAddrUnix::new(path)
-            .map_err(|_| Error::invalid("socket path", format!("{} is longer than 107 bytes", path.display())))?;
-        remove_if_dead(path)?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-            .map_err(|errno| failed(errno.into()))?;
-        // The file gets the mode that the socket has at bind (unix_bind() in net/unix/af_unix.c): there is no moment at
-        // which others may connect.
-        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|errno| failed(errno.into()))?;
-        rustix::net::bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
-        let found = std::fs::symlink_metadata(path).map_err(failed)?;
-        let file = SocketFile { path: path.to_owned(), identity: (found.dev(), found.ino()) };
-        rustix::net::listen(&socket, 128).map_err(|errno| failed(errno.into()))?;
-        let listener = UnixListener::from_std(socket.into()).map_err(failed)?;
+        let listener = UnixListener::from_std(listener).map_err(failed)?;
         Ok(Self { socket: Socket::Unix(listener), _file: Some(file) })
     }
 
@@ -164,22 +135,4 @@ fn keep_alive(socket: &impl std::os::fd::AsFd) {
     let _ = sockopt::set_tcp_keepidle(socket, Duration::from_secs(60));
     let _ = sockopt::set_tcp_keepintvl(socket, Duration::from_secs(15));
     let _ = sockopt::set_tcp_keepcnt(socket, 4);
-}
-
-/// Removes a socket at `path` that nobody listens on.
-fn remove_if_dead(path: &Path) -> Result<()> {
-    let failed = |source: io::Error| Error::io(format!("look at {}", path.display()), source);
-    let found = match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        found => found.map_err(failed)?,
-    };
-    if !found.file_type().is_socket() {
-        return Err(Error::invalid("socket path", format!("{} exists and is not a socket", path.display())));
-    }
-    match StdUnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(failed(error)),
-        Ok(_) => Err(Error::Busy(format!("another server listens on {}", path.display()))),
-    }
 }
