@@ -278,3 +278,18 @@ fn an_archive_is_the_layout_in_a_tar_and_replaces_what_was_there() {
     assert!(error.contains("nowhere/image.tar"), "{error}");
     shell(temp.path(), "test -z \"$(ls -A spool)\"");
 }
+
+#[test]
+fn a_missing_source_is_named_once() {
+    let temp = tempfile::tempdir().unwrap();
+    let missing = temp.path().join("missing").display().to_string();
+    for kind in ["dir", "tar", "raw", "docker-archive", "oci-archive"] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_firstread-build"))
+            .args(["build", "--quiet", "--no-cache", &format!("{kind}:{missing}"), &format!("oci:{missing}-to:t")])
+            .output()
+            .unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && error.contains(&missing), "{kind}: {error}");
+        assert_eq!(error.matches("os error").count(), 1, "{kind}: {error}");
+    }
+}

@@ -24,13 +24,24 @@ pub struct Build {
 impl Build {
     /// The builder's arguments: what was said before the verb holds for it as well.
     pub fn after(self, global: &Global) -> Vec<OsString> {
-        let said = |flags: &[&str]| self.arguments.iter().any(|argument| flags.iter().any(|flag| argument == flag));
+        let is = |argument: &OsString, flag: &str| {
+            argument
+                .to_str()
+                .and_then(|text| text.strip_prefix(flag))
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+        };
+        let said = |flags: &[&str]| self.arguments.iter().any(|argument| flags.iter().any(|flag| is(argument, flag)));
         let mut before: Vec<OsString> = Vec::new();
         if global.json && !said(&["--json"]) {
             before.push("--json".into());
         }
         if global.quiet && !said(&["--quiet", "-q"]) {
             before.push("--quiet".into());
+        }
+        for (flag, value) in [("--root", &global.root), ("--config", &global.config)] {
+            if let Some(value) = value.as_ref().filter(|_| !said(&[flag])) {
+                before.extend([flag.into(), value.as_os_str().to_owned()]);
+            }
         }
         before.into_iter().chain(self.arguments).collect()
     }

@@ -39,6 +39,8 @@ pub struct Layer {
     pub fetch: FetchLayer,
     /// Registries.
     pub registry: RegistryLayer,
+    /// The builder.
+    pub build: BuildLayer,
 }
 
 /// The part `pool` of a [`Layer`].
@@ -69,6 +71,40 @@ pub struct RegistryLayer {
     pub docker_config: Option<PathBuf>,
 }
 
+/// The part `build` of a [`Layer`].
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BuildLayer {
+    /// Directory of what builds can use again.
+    pub cache: Option<PathBuf>,
+    /// Most bytes that stay in it.
+    pub cache_limit: Option<Size>,
+    /// What a source may ask of the builder.
+    pub limit: BuildLimits,
+}
+
+/// The part `build.limit` of a [`Layer`]: bounds on what a source may ask of the builder.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BuildLimits {
+    /// Plain bytes of all layers together.
+    pub plain_bytes: Option<Size>,
+    /// Bytes of one file, holes included.
+    pub file_bytes: Option<Size>,
+    /// Entries of all layers together.
+    pub entries: Option<Size>,
+    /// Bytes of all names, link targets and extended attributes.
+    pub name_bytes: Option<Size>,
+    /// Bytes of one extended header of a tar.
+    pub header_bytes: Option<Size>,
+    /// Pieces of one sparse file.
+    pub segments: Option<Size>,
+    /// Directories below each other.
+    pub depth: Option<Size>,
+    /// Layers of one image.
+    pub layers: Option<Size>,
+}
+
 /// The settings, resolved.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -88,10 +124,12 @@ pub struct Config {
     pub plain_http: bool,
     /// The docker configuration with the credentials.
     pub docker_config: Option<PathBuf>,
+    /// The builder's settings; it has the defaults.
+    pub build: BuildLayer,
 }
 
 /// Every key, its environment variable, and how it gets into a layer.
-const KEYS: [(&str, &str, Setter); 8] = [
+const KEYS: [(&str, &str, Setter); 18] = [
     ("root", "FIRSTREAD_ROOT", |layer, value| put_path(&mut layer.root, value)),
     ("run", "FIRSTREAD_RUN", |layer, value| put_path(&mut layer.run, value)),
     ("log", "FIRSTREAD_LOG", |layer, value| put(&mut layer.log, value)),
@@ -102,6 +140,26 @@ const KEYS: [(&str, &str, Setter); 8] = [
     ("registry.docker_config", "FIRSTREAD_REGISTRY_DOCKER_CONFIG", |layer, value| {
         put_path(&mut layer.registry.docker_config, value)
     }),
+    ("build.cache", "FIRSTREAD_BUILD_CACHE", |layer, value| put_path(&mut layer.build.cache, value)),
+    ("build.cache_limit", "FIRSTREAD_BUILD_CACHE_LIMIT", |layer, value| put(&mut layer.build.cache_limit, value)),
+    ("build.limit.plain_bytes", "FIRSTREAD_BUILD_LIMIT_PLAIN_BYTES", |layer, value| {
+        put(&mut layer.build.limit.plain_bytes, value)
+    }),
+    ("build.limit.file_bytes", "FIRSTREAD_BUILD_LIMIT_FILE_BYTES", |layer, value| {
+        put(&mut layer.build.limit.file_bytes, value)
+    }),
+    ("build.limit.entries", "FIRSTREAD_BUILD_LIMIT_ENTRIES", |layer, value| put(&mut layer.build.limit.entries, value)),
+    ("build.limit.name_bytes", "FIRSTREAD_BUILD_LIMIT_NAME_BYTES", |layer, value| {
+        put(&mut layer.build.limit.name_bytes, value)
+    }),
+    ("build.limit.header_bytes", "FIRSTREAD_BUILD_LIMIT_HEADER_BYTES", |layer, value| {
+        put(&mut layer.build.limit.header_bytes, value)
+    }),
+    ("build.limit.segments", "FIRSTREAD_BUILD_LIMIT_SEGMENTS", |layer, value| {
+        put(&mut layer.build.limit.segments, value)
+    }),
+    ("build.limit.depth", "FIRSTREAD_BUILD_LIMIT_DEPTH", |layer, value| put(&mut layer.build.limit.depth, value)),
+    ("build.limit.layers", "FIRSTREAD_BUILD_LIMIT_LAYERS", |layer, value| put(&mut layer.build.limit.layers, value)),
 ];
 
 type Setter = fn(&mut Layer, OsString) -> Result<(), String>;
@@ -152,6 +210,7 @@ impl Layer {
     /// This layer, and `next` where it is silent.
     #[must_use]
     pub fn or(self, next: Self) -> Self {
+        let (limit, more) = (self.build.limit, next.build.limit);
         Self {
             root: self.root.or(next.root),
             run: self.run.or(next.run),
@@ -164,6 +223,20 @@ impl Layer {
             registry: RegistryLayer {
                 plain_http: self.registry.plain_http.or(next.registry.plain_http),
                 docker_config: self.registry.docker_config.or(next.registry.docker_config),
+            },
+            build: BuildLayer {
+                cache: self.build.cache.or(next.build.cache),
+                cache_limit: self.build.cache_limit.or(next.build.cache_limit),
+                limit: BuildLimits {
+                    plain_bytes: limit.plain_bytes.or(more.plain_bytes),
+                    file_bytes: limit.file_bytes.or(more.file_bytes),
+                    entries: limit.entries.or(more.entries),
+                    name_bytes: limit.name_bytes.or(more.name_bytes),
+                    header_bytes: limit.header_bytes.or(more.header_bytes),
+                    segments: limit.segments.or(more.segments),
+                    depth: limit.depth.or(more.depth),
+                    layers: limit.layers.or(more.layers),
+                },
             },
         }
     }
@@ -180,6 +253,7 @@ impl Layer {
             on_outage: self.fetch.on_outage.unwrap_or(Patience::For(Duration::from_secs(60))),
             plain_http: self.registry.plain_http.is_some_and(|switch| switch.0),
             docker_config: self.registry.docker_config,
+            build: self.build,
         }
     }
 }
@@ -201,6 +275,7 @@ pub fn load(flags: Layer, file: Option<&Path>) -> Result<Config, Problem> {
     let mut config = flags.or(environment).or(file).resolve();
     let mut paths = vec![&mut config.root, &mut config.run];
     paths.extend(config.docker_config.as_mut());
+    paths.extend(config.build.cache.as_mut());
     for path in paths {
         *path = std::path::absolute(&*path)
             .map_err(|error| Problem::new(Kind::Usage, format!("the path {}: {error}", path.display())))?;
@@ -279,7 +354,7 @@ macro_rules! deserialize_from_text {
         }
     )*};
 }
-deserialize_from_text!(Amount, Patience, Switch);
+deserialize_from_text!(Amount, Patience, Size, Switch);
 
 impl Serialize for Patience {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -313,7 +388,11 @@ mod tests {
 
     #[test]
     fn every_key_has_a_variable_named_after_it() {
-        let values = ["/r", "/u", "debug", "5M", "20%", "wait", "true", "/d"];
+        let values = [
+            "/r", "/u", "debug", "5M", "20%", "wait", "true", "/d", "/c", "1G", "1T", "2T", "3M", "4G", "5K", "6", "7",
+            "8",
+        ];
+        assert_eq!(values.len(), KEYS.len());
         for ((key, name, set), value) in KEYS.into_iter().zip(values) {
             assert_eq!(name, format!("FIRSTREAD_{}", key.replace('.', "_").to_uppercase()));
             let mut by_variable = Layer::default();

@@ -1,13 +1,15 @@
 //! One platform's source on its way to packs and an index: a device whose contents are chunks, then what is made of it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::runtime::Handle;
 
 use super::arrange::{self, Arranged, DataRun};
 use super::assemble::{Assembled, Parts, assemble};
+use super::cache;
 use super::decode::{Expected, Layer};
-use super::input::{self, Input, Root};
+use super::input::{self, Input, LayerInput, Root};
 use super::intake::Intake;
 use super::metadata::{DeviceExtent, Windows};
 use super::pipeline::{Pipeline, Settings};
@@ -34,6 +36,21 @@ pub(super) struct Converted {
     pub device_bytes: u64,
     pub inodes: u32,
     pub verity: Option<verity::Verity>,
+    pub work: Work,
+}
+
+/// What had to be done. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Work {
+    pub layers: u64,
+    pub cached_layers: u64,
+    /// Of the source.
+    pub read_bytes: u64,
+    /// Plain bytes of layers that were read.
+    pub inflated_bytes: u64,
+    pub cached_chunks: u64,
+    /// Plain bytes.
+    pub compressed_bytes: u64,
 }
 
 /// One platform: from its layers to packs and an index.
@@ -44,11 +61,19 @@ pub(super) fn convert(
     progress: &Arc<dyn Progress>,
     runtime: &Handle,
 ) -> Result<Converted> {
+    let counting = Arc::new(Counting::new(progress.clone()));
+    let progress: &Arc<dyn Progress> = &(counting.clone() as Arc<dyn Progress>);
+    let mut work = Work { layers: 1, ..Work::default() };
+    let mut cache = match &input.root {
+        Root::Layers(_) => cache::Run::start(request, &**progress),
+        _ => None,
+    };
     let mut pipeline = Pipeline::start(Settings {
         level: request.level,
         workers: request.workers,
         temp: &request.temp,
         reusable: reuse::chunks(earlier),
+        known: cache.as_ref().map(cache::Run::known).unwrap_or_default(),
         progress: progress.clone(),
         leaves: request.tree,
     })?;
@@ -62,7 +87,11 @@ pub(super) fn convert(
     } else {
         let mut intake = Intake::new(pipeline, &request.temp)?;
         let mut rootfs = Rootfs::new(&request.limits);
-        read(request, input, &mut rootfs, &mut intake, progress, runtime)?;
+        let source = Source { request, progress, runtime };
+        source.read(input, &mut rootfs, &mut intake, &mut cache, &mut work)?;
+        if let Some(cache) = &mut cache {
+            cache.layers_done(&mut intake)?;
+        }
         file_system(arrange::arrange(rootfs, intake)?, request.size)?
     };
     let verity = match request.tree {
@@ -75,17 +104,25 @@ pub(super) fn convert(
         }
     };
     let Device { extents, bytes: device_bytes, file_system, inodes, pipeline } = device;
+    let store = pipeline.finish()?;
+    (work.cached_chunks, work.compressed_bytes) = store.work();
+    work.read_bytes = counting.read();
     let parts = Parts {
         extents: &extents,
         device_bytes,
         file_system,
-        store: &pipeline.finish()?,
+        store: &store,
         earlier,
         level: request.level,
         workers: request.workers,
         temp: &request.temp,
     };
-    Ok(Converted { assembled: assemble(&parts, &**progress)?, device_bytes, inodes, verity })
+    let assembled = std::thread::scope(|scope| {
+        // The cache is filled while packs are written, most of which is hashing on one core.
+        scope.spawn(|| cache.as_ref().map(|cache| cache.save(&store, &**progress)));
+        assemble(&parts, &**progress)
+    })?;
+    Ok(Converted { assembled, device_bytes, inodes, verity, work })
 }
 
 /// Flattens layers that are in memory and plans a file system: how many inodes it has.
@@ -95,6 +132,7 @@ pub(super) fn flatten(layers: Vec<Vec<u8>>, request: &Request, progress: &Arc<dy
         workers: 1,
         temp: &request.temp,
         reusable: super::pipeline::Reusable::new(),
+        known: Arc::default(),
         progress: progress.clone(),
         leaves: Tree::None,
     })?;
@@ -104,7 +142,7 @@ pub(super) fn flatten(layers: Vec<Vec<u8>>, request: &Request, progress: &Arc<dy
     for layer in layers {
         rootfs.next_layer();
         let stream = Layer::open(Box::new(std::io::Cursor::new(layer)), &expected, left, progress.clone())?;
-        left = layer::apply(stream, &mut rootfs, &mut intake, Whiteouts::Apply)?.finish(&expected)?;
+        left = layer::apply(stream, &mut rootfs, &mut intake, Whiteouts::Apply, None)?.finish(&expected)?;
     }
     let device = file_system(arrange::arrange(rootfs, intake)?, None)?;
     device.pipeline.finish()?;
@@ -140,51 +178,117 @@ fn add_data(extents: &mut Vec<DeviceExtent>, plan: &ext4::Plan, runs: &[DataRun]
     if at != range.end { Err(misplaced()) } else { Ok(()) }
 }
 
-/// Reads the source into the tree, and its contents into chunks.
-fn read(
-    request: &Request,
-    input: &Input,
-    rootfs: &mut Rootfs,
-    intake: &mut Intake,
-    progress: &Arc<dyn Progress>,
-    runtime: &Handle,
-) -> Result<()> {
-    let platform = input.platform.to_string();
-    let image = |layers, bytes| progress.event(Event::Image { platform: &platform, layers, bytes });
-    match &input.root {
-        Root::Raw(path) => Err(Error::invalid("source", format!("{} is a disk image", path.display()))),
-        Root::Directory(path) => {
-            image(1, None);
-            progress.event(Event::Layer { name: &path.display().to_string() });
-            walk::walk(path, request.source_date, rootfs, intake, &**progress)
-        }
-        Root::Tar(path) => {
-            let (stored, bytes) = input::open_tar(path)?;
-            image(1, bytes);
-            let name = path.display().to_string();
-            progress.event(Event::Layer { name: &name });
-            let expected = Expected::default();
-            let layer = Layer::open(stored, &expected, request.limits.plain_bytes, progress.clone());
-            layer
-                .and_then(|layer| layer::apply(layer, rootfs, intake, Whiteouts::Keep))
-                .and_then(|layer| layer.finish(&expected))
-                .map(drop)
-                .map_err(|error| layer::context(error, &name))
-        }
-        Root::Layers(layers) => {
-            image(layers.len(), Some(layers.iter().map(|layer| layer.bytes).sum()));
-            let mut left = request.limits.plain_bytes;
-            for layer in layers {
-                progress.event(Event::Layer { name: &layer.name });
-                rootfs.next_layer();
-                let stream =
-                    layer.open(runtime).and_then(|stored| Layer::open(stored, &layer.expected, left, progress.clone()));
-                left = stream
-                    .and_then(|stream| layer::apply(stream, rootfs, intake, Whiteouts::Apply))
-                    .and_then(|stream| stream.finish(&layer.expected))
-                    .map_err(|error| layer::context(error, &format!("layer {}", layer.name)))?;
+/// Where layers are read.
+struct Source<'a> {
+    request: &'a Request,
+    progress: &'a Arc<dyn Progress>,
+    runtime: &'a Handle,
+}
+
+impl Source<'_> {
+    /// Reads the source into the tree, and its contents into chunks.
+    fn read(
+        &self,
+        input: &Input,
+        rootfs: &mut Rootfs,
+        intake: &mut Intake,
+        cache: &mut Option<cache::Run>,
+        work: &mut Work,
+    ) -> Result<()> {
+        let Self { request, progress, .. } = self;
+        let platform = input.platform.to_string();
+        let image = |layers, bytes| progress.event(Event::Image { platform: &platform, layers, bytes });
+        match &input.root {
+            Root::Raw(path) => Err(Error::invalid("source", format!("{} is a disk image", path.display()))),
+            Root::Directory(path) => {
+                image(1, None);
+                progress.event(Event::Layer { name: &path.display().to_string() });
+                walk::walk(path, request.source_date, rootfs, intake, &***progress)
             }
-            Ok(())
+            Root::Tar(path) => {
+                let (stored, bytes) = input::open_tar(path)?;
+                image(1, bytes);
+                let name = path.display().to_string();
+                progress.event(Event::Layer { name: &name });
+                let expected = Expected::default();
+                let layer = Layer::open(stored, &expected, request.limits.plain_bytes, (*progress).clone());
+                let left = layer
+                    .and_then(|layer| layer::apply(layer, rootfs, intake, Whiteouts::Keep, None))
+                    .and_then(|layer| layer.finish(&expected))
+                    .map_err(|error| layer::context(error, &name))?;
+                work.inflated_bytes = request.limits.plain_bytes - left;
+                Ok(())
+            }
+            Root::Layers(layers) => {
+                image(layers.len(), Some(layers.iter().map(|layer| layer.bytes).sum()));
+                work.layers = layers.len() as u64;
+                let mut left = request.limits.plain_bytes;
+                for layer in layers {
+                    rootfs.next_layer();
+                    left = self
+                        .layer(layer, left, rootfs, intake, cache, work)
+                        .map_err(|error| layer::context(error, &format!("layer {}", layer.name)))?;
+                }
+                Ok(())
+            }
         }
+    }
+
+    /// Applies a layer, from the cache or read; returns how many plain bytes are left for the others.
+    fn layer(
+        &self,
+        layer: &LayerInput,
+        left: u64,
+        rootfs: &mut Rootfs,
+        intake: &mut Intake,
+        cache: &mut Option<cache::Run>,
+        work: &mut Work,
+    ) -> Result<u64> {
+        let (name, expected) = (&layer.name, &layer.expected);
+        let mut reading = None;
+        if let Some(cache) = cache {
+            if let Some(bytes) = cache.apply(self.request, expected, left, rootfs, intake)? {
+                work.cached_layers += 1;
+                self.progress.event(Event::Cached { name, bytes: layer.bytes });
+                return Ok(left - bytes);
+            }
+            reading = cache.reading(self.request, expected, intake)?;
+        }
+        self.progress.event(Event::Layer { name });
+        let stored = layer.open(self.runtime)?;
+        let stream = Layer::open(stored, expected, left, self.progress.clone())?;
+        let recorder = reading.as_mut().map(|reading| &mut reading.recorder);
+        let stream = layer::apply(stream, rootfs, intake, Whiteouts::Apply, recorder)?;
+        let rest = stream.finish(expected)?;
+        work.inflated_bytes += left - rest;
+        if let (Some(cache), Some(reading)) = (cache, reading) {
+            cache.finished(reading, left - rest, intake)?;
+        }
+        Ok(rest)
+    }
+}
+
+/// Counts what is read of the source.
+struct Counting {
+    inner: Arc<dyn Progress>,
+    read: AtomicU64,
+}
+
+impl Counting {
+    const fn new(inner: Arc<dyn Progress>) -> Self {
+        Self { inner, read: AtomicU64::new(0) }
+    }
+
+    fn read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+}
+
+impl Progress for Counting {
+    fn event(&self, event: Event<'_>) {
+        if let Event::Read(bytes) = event {
+            self.read.fetch_add(bytes, Ordering::Relaxed);
+        }
+        self.inner.event(event);
     }
 }

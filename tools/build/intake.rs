@@ -38,6 +38,28 @@ impl Intake {
         if size < LARGE { self.small(size as u32, segments, data) } else { self.large(size, segments, data) }
     }
 
+    /// Plain bytes of all small files so far.
+    pub(super) const fn small_bytes(&self) -> u64 {
+        self.small_bytes
+    }
+
+    /// Takes the contents of small files that follow each other in `data`: all of it, `bytes` long.
+    pub(super) fn take_small(&mut self, data: &mut impl Read, bytes: u64) -> Result<()> {
+        // What was written counts, so that offsets stay right after an error.
+        let copied = io::copy(&mut data.take(bytes.saturating_add(1)), &mut Counted(self));
+        match copied.map_err(|error| Error::io("copying small files", error))? {
+            copied if copied == bytes => Ok(()),
+            copied => Err(Error::invalid("small files", format!("{copied} bytes instead of {bytes}"))),
+        }
+    }
+
+    /// The spool of small files, complete so far.
+    pub(super) fn small_file(&mut self) -> Result<File> {
+        let action = |error| Error::io("writing the spool of small files", error);
+        self.small.flush().map_err(action)?;
+        self.small.get_ref().try_clone().map_err(action)
+    }
+
     fn small(&mut self, size: u32, segments: &[(u64, u64)], data: &mut impl Read) -> Result<Content> {
         let offset = self.small_bytes;
         if size > 0 {
@@ -79,6 +101,20 @@ impl Intake {
             .into_inner()
             .map_err(|error| Error::io("writing the spool of small files", error.into_error()))?;
         Ok((self.pipeline, SmallFiles(file)))
+    }
+}
+
+struct Counted<'a>(&'a mut Intake);
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.0.small.write(bytes)?;
+        self.0.small_bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::{BufReader, Read};
 
+use super::cache::Recorder;
 use super::intake::Intake;
 use super::rootfs::{Content, Kind, Meta, Place, ROOT, Rootfs, Whiteouts};
 use super::tar::{Archive, Entry, EntryKind, show};
@@ -13,15 +14,29 @@ const MINOR_MAX: u64 = 0xf_ffff;
 /// Longest symbolic link target in bytes (`PATH_MAX` less its NUL).
 const TARGET_MAX: usize = 4095;
 
-/// Applies all entries of `tar`, and returns the stream for its rest. Errors name the path.
-pub(super) fn apply<R: Read>(tar: R, rootfs: &mut Rootfs, intake: &mut Intake, whiteouts: Whiteouts) -> Result<R> {
+/// Applies all entries of `tar`, writes them down if that is wanted, and returns the stream for its rest. Errors name the
+/// path.
+pub(super) fn apply<R: Read>(
+    tar: R,
+    rootfs: &mut Rootfs,
+    intake: &mut Intake,
+    whiteouts: Whiteouts,
+    mut recorder: Option<&mut Recorder>,
+) -> Result<R> {
     // Small reads (headers, small files) are served from a buffer, chunks go past it.
     let mut archive = Archive::new(BufReader::with_capacity(128 << 10, tar), rootfs.limits());
     while let Some(mut entry) = archive.next_entry()? {
         let at = archive.position();
         let path = std::mem::take(&mut entry.path);
-        apply_entry(&path, entry, &mut archive, rootfs, intake, whiteouts)
-            .map_err(|error| context(error, &format!("{} (data at byte {at} of the tar)", show(&path))))?;
+        let mut content = None;
+        apply_entry(&path, &entry, rootfs, whiteouts, || {
+            let taken = intake.file(entry.size, &entry.segments, &mut archive)?;
+            Ok(content.insert(taken).clone())
+        })
+        .map_err(|error| context(error, &format!("{} (data at byte {at} of the tar)", show(&path))))?;
+        if let Some(recorder) = &mut recorder {
+            recorder.entry(&path, &entry, content.as_ref())?;
+        }
     }
     let buffered = archive.into_inner();
     // What is in the buffer was read, and so hashed, already.
@@ -38,19 +53,18 @@ pub(super) fn context(error: Error, what: &str) -> Error {
     }
 }
 
-fn apply_entry<R: Read>(
+/// Applies an entry; `content` takes the content of a file.
+pub(super) fn apply_entry(
     path: &[u8],
-    mut entry: Entry,
-    archive: &mut Archive<R>,
+    entry: &Entry,
     rootfs: &mut Rootfs,
-    intake: &mut Intake,
     whiteouts: Whiteouts,
+    content: impl FnOnce() -> Result<Content>,
 ) -> Result<()> {
     let attributes: usize = entry.xattrs.iter().map(|(name, value)| name.len() + value.len() + 64).sum();
     rootfs.count(path.len() + entry.link.len() + attributes)?;
     let place = rootfs.place(path, whiteouts)?;
-    let mut xattrs = std::mem::take(&mut entry.xattrs);
-    xattrs.retain(|(name, _)| is_namespaced(name));
+    let mut xattrs: Vec<_> = entry.xattrs.iter().filter(|(name, _)| is_namespaced(name)).cloned().collect();
     xattrs.sort_unstable();
     let meta = Meta { mode: entry.mode, uid: entry.uid, gid: entry.gid, mtime: entry.mtime, xattrs };
     let (parent, name) = match place {
@@ -66,7 +80,7 @@ fn apply_entry<R: Read>(
     };
     let kind = match entry.kind {
         EntryKind::HardLink => return hard_link(&entry.link, meta, parent, &name, rootfs),
-        EntryKind::File => Kind::File(content(&entry, archive, intake)?),
+        EntryKind::File => Kind::File(content()?),
         EntryKind::Symlink => Kind::Symlink(target(&entry.link)?),
         EntryKind::CharDevice { major, minor } => {
             let (major, minor) = device(major, minor)?;
@@ -86,10 +100,6 @@ fn apply_entry<R: Read>(
 /// Linux has no permissions on symbolic links: they read as 0777, whatever a tar says (symlink(7)).
 const fn permissions(kind: &Kind, mode: u16) -> u16 {
     if matches!(kind, Kind::Symlink(_)) { 0o777 } else { mode }
-}
-
-fn content<R: Read>(entry: &Entry, archive: &mut Archive<R>, intake: &mut Intake) -> Result<Content> {
-    intake.file(entry.size, &entry.segments, archive)
 }
 
 /// As containerd does: the link is made, what the entry says of owner, mode and time is set on the shared inode, and its

@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use firstread::build::{Progress, Report, Request, Silent, Tree, build};
+use firstread::build::{CacheSettings, Limits, Progress, Report, Request, Silent, Tree, build};
+use firstread::daemon::config::{self, BuildLimits, Config, Layer, Size};
 use firstread::oci::{Platform, Reference};
 
 /// Builds firstread images.
@@ -52,6 +53,22 @@ struct BuildArgs {
     /// When the image says it was created, in seconds since 1970; files of a directory are made no younger.
     #[arg(long, value_name = "SECONDS", env = "SOURCE_DATE_EPOCH", hide_env_values = true)]
     source_date: Option<u64>,
+    /// Read and compress every layer, and keep nothing for later builds.
+    #[arg(long)]
+    no_cache: bool,
+    /// Directory of the build cache: what was made of layers that did not change is taken from there [default:
+    /// build-cache in the root directory; without root's rights in ~/.cache/firstread]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Most bytes that stay in the build cache; what was used least recently goes [default: 10G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    cache_limit: Option<u64>,
+    /// Directory of everything durable [default: /var/lib/firstread]
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Configuration file [default: /etc/firstread/config.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Directory for temporary files; they need about the size of the result twice.
     #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/tmp")]
     temp: PathBuf,
@@ -92,13 +109,55 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing can be done when stderr is gone.
-            let _ = writeln!(std::io::stderr(), "firstread-build: {error:#}");
+            let _ = writeln!(std::io::stderr(), "firstread-build: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
+/// Most bytes that stay in the build cache when nobody says otherwise.
+const CACHE_LIMIT: u64 = 10 << 30;
+
+/// The build cache: by flags, else by settings, else where the user may write.
+fn cache(args: &BuildArgs, config: &Config) -> Option<CacheSettings> {
+    if args.no_cache {
+        return None;
+    }
+    let named = args.cache.clone().or_else(|| config.build.cache.clone());
+    let dir = named.or_else(|| {
+        if args.root.is_some() || rustix::process::geteuid().is_root() {
+            return Some(config.root.join("build-cache"));
+        }
+        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let user = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;
+        Some(user.join("firstread/build"))
+    })?;
+    let limit = args.cache_limit.or(config.build.cache_limit.map(|Size(bytes)| bytes)).unwrap_or(CACHE_LIMIT);
+    Some(CacheSettings { dir, limit })
+}
+
+/// The limits, with the defaults where the settings are silent.
+fn limits(settings: &BuildLimits) -> Limits {
+    let mut limits = Limits::default();
+    let number = |limit: &mut u64, setting: Option<Size>| *limit = setting.map_or(*limit, |Size(value)| value);
+    let count = |limit: &mut usize, setting: Option<Size>| {
+        *limit = setting.map_or(*limit, |Size(value)| usize::try_from(value).unwrap_or(usize::MAX));
+    };
+    number(&mut limits.plain_bytes, settings.plain_bytes);
+    number(&mut limits.file_bytes, settings.file_bytes);
+    number(&mut limits.entries, settings.entries);
+    number(&mut limits.name_bytes, settings.name_bytes);
+    number(&mut limits.header_bytes, settings.header_bytes);
+    count(&mut limits.segments, settings.segments);
+    count(&mut limits.depth, settings.depth);
+    count(&mut limits.layers, settings.layers);
+    limits
+}
+
 fn run(args: BuildArgs) -> anyhow::Result<()> {
+    let flags = Layer { root: args.root.clone(), ..Layer::default() };
+    let config = config::load(flags, args.config.as_deref()).map_err(|problem| anyhow::anyhow!("{problem}"))?;
+    let cache = cache(&args, &config);
     let mut request = Request::new(args.source, args.destination);
     request.level = args.level;
     request.size = args.size;
@@ -107,7 +166,9 @@ fn run(args: BuildArgs) -> anyhow::Result<()> {
     request.temp = args.temp;
     request.source_date = args.source_date;
     request.tree = if args.verity { Tree::Verity } else { Tree::None };
-    request.access.plain_http = args.plain_http;
+    request.cache = cache;
+    request.limits = limits(&config.build.limit);
+    request.access.plain_http = args.plain_http || config.plain_http;
     let progress: Arc<dyn Progress> = if args.quiet {
         Arc::new(Silent)
     } else if std::io::stderr().is_terminal() {

@@ -8,6 +8,9 @@
 //! assemble: packs in device order, the index ─→ publish: blobs, config, manifest
 //! ```
 //!
+//! With a build cache, a layer that an earlier build read is taken from there: its entries into the rootfs, its small files
+//! into the intake, its chunks into the pipeline.
+//!
 //! One pass over the contents; memory grows with entries and chunks, never with contents. The result depends on the
 //! source, the level, the size and the version of zstd alone: not on time, paths, or the scheduling of threads.
 //!
@@ -16,6 +19,7 @@
 mod archive;
 mod arrange;
 mod assemble;
+mod cache;
 mod convert;
 mod decode;
 mod destination;
@@ -41,13 +45,14 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use self::convert::Converted;
+use self::convert::{Converted, Work};
 use self::destination::Destination;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::oci::{Platform, Reference};
 use crate::source::{Access, Publish};
 
+pub use self::cache::CacheSettings;
 pub use self::limits::Limits;
 pub use self::progress::{Event, Progress, Silent};
 
@@ -81,6 +86,8 @@ pub struct Request {
     pub source_date: Option<u64>,
     /// What is put behind the file system.
     pub tree: Tree,
+    /// The build cache; layers of images are kept in it. `None`: nothing is kept.
+    pub cache: Option<CacheSettings>,
 }
 
 /// What lies behind the file system or disk on the device.
@@ -110,6 +117,7 @@ impl Request {
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             source_date: None,
             tree: Tree::None,
+            cache: None,
         }
     }
 }
@@ -144,6 +152,29 @@ pub struct Report {
     pub verity: Vec<String>,
     /// The platforms that were built.
     pub platforms: Vec<String>,
+    /// Layers of the source; what is no image is one.
+    pub layers: u64,
+    /// Layers that came from the build cache.
+    pub cached_layers: u64,
+    /// Stored bytes of the source that were read.
+    pub read_bytes: u64,
+    /// Plain bytes of the layers that were read.
+    pub inflated_bytes: u64,
+    /// Chunks that came from the build cache.
+    pub cached_chunks: u64,
+    /// Plain bytes of the chunks that were compressed.
+    pub compressed_bytes: u64,
+}
+
+impl Report {
+    fn add(&mut self, work: &Work) {
+        self.layers += work.layers;
+        self.cached_layers += work.cached_layers;
+        self.read_bytes += work.read_bytes;
+        self.inflated_bytes += work.inflated_bytes;
+        self.cached_chunks += work.cached_chunks;
+        self.compressed_bytes += work.compressed_bytes;
+    }
 }
 
 fn text<S: serde::Serializer>(digest: &Digest, serializer: S) -> Result<S::Ok, S::Error> {
@@ -180,6 +211,12 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
         inodes: 0,
         verity: Vec::new(),
         platforms: Vec::new(),
+        layers: 0,
+        cached_layers: 0,
+        read_bytes: 0,
+        inflated_bytes: 0,
+        cached_chunks: 0,
+        compressed_bytes: 0,
     };
     let mut manifests = Vec::new();
     for input in &inputs {
@@ -196,7 +233,7 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
             runtime: handle,
         };
         let (digest, descriptor) = publisher.image(input, &converted, &earlier, publish)?;
-        let Converted { assembled, device_bytes, inodes, verity } = converted;
+        let Converted { assembled, device_bytes, inodes, verity, work } = converted;
         manifests.push(descriptor);
         report.digest = digest;
         report.index_bytes += assembled.index.len() as u64;
@@ -210,6 +247,7 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
         report.inodes += u64::from(inodes);
         report.verity.extend(verity.map(|verity| verity.root.hex()));
         report.platforms.push(input.platform.to_string());
+        report.add(&work);
     }
     if publish == Publish::Listed {
         report.digest = publish::index(&manifests, &destination.repository, handle)?;

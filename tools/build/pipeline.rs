@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 use zstd::bulk::Compressor;
 
+use super::cache::{CacheFile, Kept, read_chunk};
 use super::progress::{Event, Progress};
 use super::{Tree, verity};
 use crate::chunk::{CHUNK_SIZE, ChunkRef, Digest, is_zero};
@@ -47,6 +48,46 @@ pub(super) struct Stored {
     pub digest: Digest,
     pub plain_len: u32,
     pub place: Place,
+    pub origin: Origin,
+}
+
+/// Where a chunk's stored bytes came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// They were compressed in this build.
+    Made,
+    /// They were in the build cache.
+    Cached,
+    /// An earlier image has them.
+    Earlier,
+}
+
+/// Chunks in the files of the build cache, with the number of the file.
+#[derive(Default)]
+pub(super) struct Known {
+    pub files: Vec<KnownFile>,
+    pub chunks: HashMap<Digest, (usize, Kept)>,
+}
+
+/// A file of such chunks, and what became of it.
+pub(super) struct KnownFile {
+    pub file: CacheFile,
+    pub used: AtomicBool,
+    pub damaged: AtomicBool,
+}
+
+impl Known {
+    /// Reads a chunk's stored bytes into `stored`, if they are there and undamaged.
+    fn read(&self, digest: &Digest, plain_len: u32, stored: &mut Vec<u8>) -> Option<()> {
+        let (file, chunk) = self.chunks.get(digest)?;
+        let file = self.files.get(*file)?;
+        if chunk.plain_len != plain_len || chunk.stored_len == 0 || !read_chunk(&file.file.file, chunk, stored) {
+            file.damaged.store(true, Ordering::Relaxed);
+            return None;
+        }
+        file.used.store(true, Ordering::Relaxed);
+        Some(())
+    }
 }
 
 /// Chunks of earlier images that need not be stored again, with the number of the image.
@@ -65,16 +106,46 @@ struct Table {
     outcomes: Vec<Outcome>,
 }
 
+impl Table {
+    /// Adds a chunk that is not there; its number.
+    fn add(&mut self, chunk: Stored) -> Result<u32> {
+        let number = u32::try_from(self.chunks.len()).map_err(|_| Error::invalid("source", "too many chunks"))?;
+        self.by_digest.insert(chunk.digest, number);
+        self.chunks.push(chunk);
+        Ok(number)
+    }
+}
+
 struct Shared {
     table: Mutex<Table>,
     spool: File,
     spool_end: AtomicU64,
     reusable: Reusable,
+    known: Arc<Known>,
     /// The hashes of each chunk's blocks, by the chunk's number.
     leaves: Option<File>,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     progress: Arc<dyn Progress>,
+}
+
+impl Shared {
+    /// Writes stored bytes to the spool.
+    fn spool(&self, stored: &[u8]) -> Result<Place> {
+        let offset = self.spool_end.fetch_add(stored.len() as u64, Ordering::Relaxed);
+        self.spool.write_all_at(stored, offset).map_err(|error| {
+            Error::io("writing the spool of stored chunks (--temp or TMPDIR says where it is)", error)
+        })?;
+        Ok(Place::Spool { offset, len: stored.len() as u32 })
+    }
+
+    /// Keeps the hashes of a chunk's blocks, if a hash tree is to be made.
+    fn write_leaves(&self, number: u32, plain: &[u8]) -> Result<()> {
+        let Some(leaves) = &self.leaves else { return Ok(()) };
+        leaves
+            .write_all_at(&verity::leaves(plain), u64::from(number) * verity::LEAVES_BYTES)
+            .map_err(|error| Error::io("writing the spool of hashes (--temp or TMPDIR says where it is)", error))
+    }
 }
 
 /// The running workers.
@@ -97,6 +168,7 @@ pub(super) struct Settings<'a> {
     /// Where the unlinked spool is made.
     pub temp: &'a Path,
     pub reusable: Reusable,
+    pub known: Arc<Known>,
     pub progress: Arc<dyn Progress>,
     /// Whether the leaves of a hash tree are computed.
     pub leaves: Tree,
@@ -116,6 +188,7 @@ impl Pipeline {
             spool: unlinked(settings.temp)?,
             spool_end: AtomicU64::new(0),
             reusable: settings.reusable,
+            known: settings.known,
             leaves: match settings.leaves {
                 Tree::None => None,
                 Tree::Verity => Some(unlinked(settings.temp)?),
@@ -153,6 +226,61 @@ impl Pipeline {
         self.shared.table.lock().outcomes.push(Outcome::Pending);
         let jobs = self.jobs.as_ref().ok_or_else(|| self.stopped())?;
         jobs.send(Job { number, buffer, len }).map_err(|_| self.stopped())?;
+        Ok(number)
+    }
+
+    /// Whether a chunk can be had without its plain bytes: it was seen already, or an earlier image has it.
+    pub(super) fn has(&self, digest: &Digest, plain_len: u32) -> Result<bool> {
+        let mut table = self.shared.table.lock();
+        if table.by_digest.contains_key(digest) {
+            return Ok(true);
+        }
+        // The leaves of a hash tree are made of plain bytes.
+        if self.shared.leaves.is_some() {
+            return Ok(false);
+        }
+        let Some((image, chunk)) = self.shared.reusable.get(digest) else { return Ok(false) };
+        let place = Place::Reused { image: *image, chunk: *chunk };
+        table.add(Stored { digest: *digest, plain_len, place, origin: Origin::Earlier })?;
+        drop(table);
+        self.shared.progress.event(Event::Chunk { plain: plain_len, stored: chunk.stored_len, reused: true });
+        Ok(true)
+    }
+
+    /// Takes a chunk whose stored bytes are known, unless it is there.
+    pub(super) fn adopt(&self, digest: &Digest, plain_len: u32, stored: &[u8]) -> Result<()> {
+        if self.has(digest, plain_len)? {
+            return Ok(());
+        }
+        let reusable = self.shared.reusable.get(digest);
+        let (place, origin) = match reusable {
+            Some((image, chunk)) => (Place::Reused { image: *image, chunk: *chunk }, Origin::Earlier),
+            None => (self.shared.spool(stored)?, Origin::Cached),
+        };
+        let number = self.shared.table.lock().add(Stored { digest: *digest, plain_len, place, origin })?;
+        if self.shared.leaves.is_some() {
+            let plain = zstd::bulk::decompress(stored, plain_len as usize)
+                .map_err(|error| Error::io(format!("inflating chunk {digest}"), error))?;
+            self.shared.write_leaves(number, &plain)?;
+        }
+        let reused = reusable.is_some();
+        self.shared.progress.event(Event::Chunk { plain: plain_len, stored: stored.len() as u32, reused });
+        Ok(())
+    }
+
+    /// Adds a job that is done already: it became the chunk with this digest, or a hole.
+    pub(super) fn finished(&mut self, digest: Option<&Digest>) -> Result<u32> {
+        let number = self.submitted;
+        let mut table = self.shared.table.lock();
+        let outcome = match digest {
+            None => Outcome::Hole,
+            Some(digest) => {
+                let missing = || Error::invalid("build", format!("there is no chunk {digest}"));
+                Outcome::Chunk(*table.by_digest.get(digest).ok_or_else(missing)?)
+            }
+        };
+        table.outcomes.push(outcome);
+        self.submitted = number.checked_add(1).ok_or_else(|| Error::invalid("source", "too many chunks"))?;
         Ok(number)
     }
 
@@ -255,6 +383,20 @@ impl Store {
         self.chunks.len()
     }
 
+    /// How many jobs there were.
+    pub(super) fn jobs(&self) -> u32 {
+        self.outcomes.len() as u32
+    }
+
+    /// Chunks from the build cache, and plain bytes of those that were compressed.
+    pub(super) fn work(&self) -> (u64, u64) {
+        self.chunks.iter().fold((0, 0), |(cached, made), chunk| match chunk.origin {
+            Origin::Cached => (cached + 1, made),
+            Origin::Made => (cached, made + u64::from(chunk.plain_len)),
+            Origin::Earlier => (cached, made),
+        })
+    }
+
     /// Reads stored bytes back.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.spool.read_exact_at(buf, offset).map_err(|error| Error::io("reading the spool", error))
@@ -313,35 +455,30 @@ fn store(shared: &Shared, plain: &[u8], compressor: &mut Compressor<'static>, st
         if let Some(known) = table.by_digest.get(&digest) {
             return Ok(Outcome::Chunk(*known));
         }
-        let number = u32::try_from(table.chunks.len()).map_err(|_| Error::invalid("source", "too many chunks"))?;
-        table.by_digest.insert(digest, number);
         // The place is filled in below; nobody asks for it before all jobs are done.
         let place = reused.unwrap_or(Place::Spool { offset: 0, len: 0 });
-        table.chunks.push(Stored { digest, plain_len, place });
-        number
+        table.add(Stored { digest, plain_len, place, origin: Origin::Earlier })?
     };
-    if let Some(leaves) = &shared.leaves {
-        leaves
-            .write_all_at(&verity::leaves(plain), u64::from(number) * verity::LEAVES_BYTES)
-            .map_err(|error| Error::io("writing the spool of hashes (--temp or TMPDIR says where it is)", error))?;
-    }
+    shared.write_leaves(number, plain)?;
     if let Some(Place::Reused { chunk, .. }) = reused {
         shared.progress.event(Event::Chunk { plain: plain_len, stored: chunk.stored_len, reused: true });
         return Ok(Outcome::Chunk(number));
     }
-    stored.clear();
-    let len = compressor
-        .compress_to_buffer(plain, stored)
-        .map_err(|error| Error::io(format!("compressing chunk {digest}"), error))?;
-    let offset = shared.spool_end.fetch_add(len as u64, Ordering::Relaxed);
-    shared
-        .spool
-        .write_all_at(stored.get(..len).unwrap_or_default(), offset)
-        .map_err(|error| Error::io("writing the spool of stored chunks (--temp or TMPDIR says where it is)", error))?;
-    let len = len as u32;
+    let origin = match shared.known.read(&digest, plain_len, stored) {
+        Some(()) => Origin::Cached,
+        None => {
+            stored.clear();
+            stored.reserve(zstd::zstd_safe::compress_bound(plain.len()));
+            compressor
+                .compress_to_buffer(plain, stored)
+                .map_err(|error| Error::io(format!("compressing chunk {digest}"), error))?;
+            Origin::Made
+        }
+    };
+    let place = shared.spool(stored)?;
     if let Some(chunk) = shared.table.lock().chunks.get_mut(number as usize) {
-        chunk.place = Place::Spool { offset, len };
+        (chunk.place, chunk.origin) = (place, origin);
     }
-    shared.progress.event(Event::Chunk { plain: plain_len, stored: len, reused: false });
+    shared.progress.event(Event::Chunk { plain: plain_len, stored: stored.len() as u32, reused: false });
     Ok(Outcome::Chunk(number))
 }

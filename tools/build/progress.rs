@@ -17,6 +17,13 @@ pub enum Event<'a> {
         /// Its digest or its file's name.
         name: &'a str,
     },
+    /// A layer is taken from the build cache, and not read.
+    Cached {
+        /// Its digest.
+        name: &'a str,
+        /// Its stored bytes.
+        bytes: u64,
+    },
     /// So many more bytes of the source were read.
     Read(u64),
     /// A chunk that was not seen before is ready. Called from worker threads.

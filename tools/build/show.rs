@@ -60,6 +60,13 @@ impl Progress for Bar {
                 let short: String = name.chars().take(19).collect();
                 self.bar.set_message(format!("layer {layer} of {layers} ({short})"));
             }
+            Event::Cached { name, bytes } => {
+                let layer = self.layer.fetch_add(1, Ordering::Relaxed) + 1;
+                let layers = self.layers.load(Ordering::Relaxed);
+                let short: String = name.chars().take(19).collect();
+                self.bar.set_message(format!("layer {layer} of {layers} ({short}) from the cache"));
+                self.bar.inc(bytes);
+            }
             Event::Read(bytes) | Event::Packed(bytes) => self.bar.inc(bytes),
             Event::Chunk { reused, .. } => {
                 self.chunks.fetch_add(1, Ordering::Relaxed);
@@ -103,6 +110,7 @@ impl Progress for Lines {
             }
             Event::Image { platform, .. } => platform.to_owned(),
             Event::Layer { name } => format!("reading {name}"),
+            Event::Cached { name, .. } => format!("from the cache {name}"),
             Event::Chunk { reused, .. } => {
                 self.chunks.fetch_add(1, Ordering::Relaxed);
                 self.reused.fetch_add(u64::from(reused), Ordering::Relaxed);
@@ -135,6 +143,12 @@ pub fn table(report: &Report, request: &Request) -> Table {
     match report.inodes {
         0 => row("device", format!("{}, a disk image", size(report.device_bytes))),
         inodes => row("device", format!("{}, {inodes} inodes", size(report.device_bytes))),
+    }
+    match report.cached_layers {
+        0 => row("layers", format!("{}, {} read", report.layers, size(report.read_bytes))),
+        cached => {
+            row("layers", format!("{}, {cached} from the cache, {} read", report.layers, size(report.read_bytes)));
+        }
     }
     row("chunks", format!("{}, {} plain", report.chunks, size(report.plain_bytes)));
     row(
