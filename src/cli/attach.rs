@@ -29,7 +29,7 @@ pub struct AttachOptions {
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
     #[command(flatten)]
-    access: AccessOptions,
+    pub access: AccessOptions,
 }
 
 impl Attach {

@@ -19,6 +19,7 @@ mod pool;
 mod profile;
 mod progress;
 mod ready;
+mod record;
 mod reference;
 mod status;
 mod stop;
@@ -70,6 +71,8 @@ enum Verb {
     List(list::List),
     /// Show what was read, fetched and waited for
     Status(status::Status),
+    /// Run an image's program, and write what its start read to a file
+    Record(record::Record),
     /// Write what a start read, in order, to a file; or merge such files
     Profile(profile::Profile),
     /// Say that the program on a device is ready: its start is over
@@ -85,6 +88,9 @@ enum Verb {
     Daemon(daemon::Daemon),
     /// Detach all and stop the daemon
     Stop(stop::Stop),
+    /// The container that `record` runs a program in
+    #[command(name = "record-inside", hide = true)]
+    RecordInside(record::Inside),
 }
 
 /// Runs the program with the arguments of the process.
@@ -117,6 +123,9 @@ fn dispatch(arguments: Arguments) -> Outcome {
     if let Verb::Build(verb) = arguments.verb {
         return build::exec(&verb.after(&global));
     }
+    if let Verb::RecordInside(verb) = arguments.verb {
+        return verb.run();
+    }
     let context = Context::new(global)?;
     match arguments.verb {
         Verb::Inspect(verb) => verb.run(&context),
@@ -128,13 +137,14 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Export(verb) => verb.run(&context),
         Verb::List(verb) => verb.run(&context),
         Verb::Status(verb) => verb.run(&context),
+        Verb::Record(verb) => verb.run(&context),
         Verb::Profile(verb) => verb.run(&context),
         Verb::Ready(verb) => verb.run(&context),
         Verb::Pin(verb) => verb.run(&context),
         Verb::Unpin(verb) => verb.run(&context),
         Verb::Pool(verb) => verb.run(&context),
         Verb::Stop(verb) => verb.run(&context),
-        Verb::Build(_) | Verb::Daemon(_) => Ok(()),
+        Verb::Build(_) | Verb::Daemon(_) | Verb::RecordInside(_) => Ok(()),
     }
 }
 

@@ -64,7 +64,11 @@ impl Mount {
     }
 }
 
-fn mount(attached: &Attached, dir: &Path) -> Outcome {
+/// Mounts the device on `dir`, read-only.
+///
+/// # Errors
+/// A device without ext4, or what mount(2) says.
+pub fn mount(attached: &Attached, dir: &Path) -> Outcome {
     let device = &attached.device.device;
     if attached.file_system != "ext4" {
         let message = format!(

@@ -12,6 +12,7 @@ use super::connect::connect;
 use super::detach::{not_running, target_of};
 use super::options::Context;
 use super::output::size;
+use crate::daemon::client::Client;
 use crate::daemon::control::{Call, Kind, Problem, ProfilePage, Until};
 use crate::profile::{BLOCK, MAX_PROFILE_BYTES, Place, Profile as Recorded, merge};
 
@@ -34,15 +35,21 @@ pub struct Profile {
 
 /// What was written. Sizes in bytes.
 #[derive(Debug, Serialize)]
-struct Written {
-    file: PathBuf,
-    image: String,
-    runs: usize,
+pub struct Written {
+    /// Where.
+    pub file: PathBuf,
+    /// The image that was recorded.
+    pub image: String,
+    /// Runs of blocks.
+    pub runs: usize,
     /// What the runs hold.
-    bytes: u64,
-    files: usize,
-    read_ahead_kb: Option<u32>,
-    complete: bool,
+    pub bytes: u64,
+    /// Files and directories that they are of.
+    pub files: usize,
+    /// Read-ahead of the device.
+    pub read_ahead_kb: Option<u32>,
+    /// Whether everything that was read is there.
+    pub complete: bool,
 }
 
 impl Profile {
@@ -63,24 +70,7 @@ impl Profile {
                 (profile.to_text()?, profile)
             }
         };
-        write(&self.output, &text)?;
-        let places = || profile.runs.iter().map(|run| &run.place);
-        let named = places().filter_map(|place| match place {
-            Place::Named { path, .. } => Some(path),
-            Place::Metadata | Place::Data => None,
-        });
-        let written = Written {
-            file: self.output.clone(),
-            image: profile.recording.image.clone(),
-            runs: profile.runs.len(),
-            bytes: profile.runs.iter().map(|run| u64::from(run.blocks) * u64::from(BLOCK)).sum(),
-            files: named.collect::<HashSet<_>>().len(),
-            read_ahead_kb: profile.recording.read_ahead_kb,
-            complete: profile.recording.complete,
-        };
-        if !written.complete {
-            context.output.remark("more was read than a recording holds: the profile ends early");
-        }
+        let written = write_out(context, &self.output, &text, &profile)?;
         if self.output == Path::new("-") {
             return Ok(());
         }
@@ -94,14 +84,48 @@ impl Profile {
         let target = target_of(target)?;
         let until = if self.all { Until::Now } else { Until::Ready };
         let mut client = connect(context)?.ok_or_else(|| not_running(&target))?;
-        let mut page: ProfilePage = client.call(Call::Profile { target, until })?;
-        let mut text = page.text;
-        while let Some(from) = page.next {
-            page = client.call(Call::ProfileMore { from })?;
-            text.push_str(&page.text);
-        }
-        Ok(text)
+        fetch(&mut client, target, until)
     }
+}
+
+/// The text of a device's profile from the daemon.
+///
+/// # Errors
+/// What the daemon says.
+pub fn fetch(client: &mut Client, target: String, until: Until) -> Outcome<String> {
+    let mut page: ProfilePage = client.call(Call::Profile { target, until })?;
+    let mut text = page.text;
+    while let Some(from) = page.next {
+        page = client.call(Call::ProfileMore { from })?;
+        text.push_str(&page.text);
+    }
+    Ok(text)
+}
+
+/// Writes `profile`, whose text is `text`.
+///
+/// # Errors
+/// A file that can't be written.
+pub fn write_out(context: &Context, output: &Path, text: &str, profile: &Recorded) -> Outcome<Written> {
+    write(output, text)?;
+    let places = || profile.runs.iter().map(|run| &run.place);
+    let named = places().filter_map(|place| match place {
+        Place::Named { path, .. } => Some(path),
+        Place::Metadata | Place::Data => None,
+    });
+    let written = Written {
+        file: output.to_owned(),
+        image: profile.recording.image.clone(),
+        runs: profile.runs.len(),
+        bytes: profile.runs.iter().map(|run| u64::from(run.blocks) * u64::from(BLOCK)).sum(),
+        files: named.collect::<HashSet<_>>().len(),
+        read_ahead_kb: profile.recording.read_ahead_kb,
+        complete: profile.recording.complete,
+    };
+    if !written.complete {
+        context.output.remark("more was read than a recording holds: the profile ends early");
+    }
+    Ok(written)
 }
 
 /// Reads a profile from a file.

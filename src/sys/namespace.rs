@@ -1,4 +1,4 @@
-//! A mount namespace of one's own, so that a server holds nobody's mounts busy.
+//! Namespaces of one's own: for mounts, so that a server holds nobody's mounts busy, and for a whole container.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -48,6 +48,35 @@ pub fn enter_private_mount_namespace(keep: &[&Path]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Moves the calling process into namespaces of its own for mounts, the network, host name, System V objects and control
+/// groups, and the processes that it starts from now on into one for processes. No mount made in here is seen outside, nor
+/// one made outside in here. Only for a process of one thread.
+///
+/// # Errors
+/// What the system says; EPERM without CAP_SYS_ADMIN.
+pub fn enter_container_namespaces() -> Result<()> {
+    let failed = |errno: rustix::io::Errno| Error::io("make namespaces", io::Error::from(errno));
+    let flags = UnshareFlags::NEWNS
+        | UnshareFlags::NEWPID
+        | UnshareFlags::NEWNET
+        | UnshareFlags::NEWUTS
+        | UnshareFlags::NEWIPC
+        | UnshareFlags::NEWCGROUP;
+    // SAFETY: the flags leave the descriptor table alone (no FILES), and no other thread exists whose paths would differ.
+    unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(failed)?;
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(failed)
+}
+
+/// Moves the calling process into a copy of its mount namespace. Only for a process of one thread.
+///
+/// # Errors
+/// What the system says; EPERM without CAP_SYS_ADMIN.
+pub fn enter_mount_namespace() -> Result<()> {
+    let failed = |errno: rustix::io::Errno| Error::io("make a mount namespace", io::Error::from(errno));
+    // SAFETY: as above.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(failed)
 }
 
 fn is_needed(point: &Path, source: &str, keep: &[PathBuf]) -> bool {
