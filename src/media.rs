@@ -2,10 +2,16 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::num::NonZeroU64;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::{Advice, FallocateFlags, OFlags};
+
+/// Alignment of direct I/O in bytes: no disk has larger logical blocks.
+const DIRECT: u64 = 4096;
 
 /// A random-access file. All offsets and lengths are in bytes.
 ///
@@ -17,6 +23,15 @@ pub trait Media: Send + Sync {
     /// # Errors
     /// `UnexpectedEof` when the medium ends inside the range, or what the system says.
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// As [`read`](Self::read), but past what the system has cached, where it can: whether the medium still has what
+    /// was written to it. Slower.
+    ///
+    /// # Errors
+    /// As of [`read`](Self::read), and EIO for what the medium does not give back.
+    fn read_medium(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.read(offset, buf)
+    }
 
     /// Writes all of `bytes` at `offset`, growing the medium when needed.
     ///
@@ -63,6 +78,16 @@ impl Media for File {
         self.read_exact_at(buf, offset)
     }
 
+    fn read_medium(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        match read_direct(self, offset, buf) {
+            // EINVAL: the file system has no direct I/O, or wants a coarser alignment; ENOENT: no /proc.
+            Err(error) if matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::NotFound) => {
+                Media::read(self, offset, buf)
+            }
+            outcome => outcome,
+        }
+    }
+
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.write_all_at(bytes, offset)
     }
@@ -86,33 +111,152 @@ impl Media for File {
     }
 }
 
-/// A file on a disk that can only be read: changes fail with EROFS, not with the EBADF of its descriptor.
-struct ReadOnly(File);
+/// Reads with O_DIRECT, open(2), through a second descriptor: the file's own must not lose its cache.
+fn read_direct(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let direct = OpenOptions::new().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path)?;
+    let start = offset / DIRECT * DIRECT;
+    let skip = (offset - start) as usize;
+    let want = (skip + buf.len()).next_multiple_of(DIRECT as usize);
+    let mut room = vec![0; want + DIRECT as usize];
+    let aligned = room.as_ptr().align_offset(DIRECT as usize);
+    let room = room.get_mut(aligned..).and_then(|room| room.get_mut(..want)).unwrap_or_default();
+    let mut have = 0;
+    while let Some(rest) = room.get_mut(have..).filter(|rest| !rest.is_empty()) {
+        let read = direct.read_at(rest, start + have as u64)?;
+        have += read;
+        // Anything but whole blocks comes at the end of the file only.
+        if read == 0 || !(read as u64).is_multiple_of(DIRECT) {
+            break;
+        }
+    }
+    let read = room.get(skip..have).and_then(|read| read.get(..buf.len())).ok_or(ErrorKind::UnexpectedEof)?;
+    buf.copy_from_slice(read);
+    Ok(())
+}
+
+/// A file that was opened on a disk that could only be read. Changes fail with EROFS, not with the EBADF of its
+/// descriptor, until the disk can be written.
+struct ReadOnly {
+    file: File,
+    path: PathBuf,
+    writable: OnceLock<File>,
+}
+
+impl ReadOnly {
+    fn writable(&self) -> io::Result<&File> {
+        if let Some(file) = self.writable.get() {
+            return Ok(file);
+        }
+        let file = open_file(&self.path, Opening::Writable)?;
+        let (now, then) = (file.metadata()?, self.file.metadata()?);
+        // Somebody may have put another file there.
+        if (now.dev(), now.ino()) != (then.dev(), then.ino()) {
+            return Err(ErrorKind::ReadOnlyFilesystem.into());
+        }
+        Ok(self.writable.get_or_init(|| file))
+    }
+}
 
 impl Media for ReadOnly {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read(offset, buf)
+    }
+
+    fn read_medium(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_medium(offset, buf)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.writable()?.write(offset, bytes)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        Media::set_len(self.writable()?, len)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.writable()?.punch(offset, len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.writable.get().map_or(Ok(()), Media::sync)
+    }
+}
+
+/// A file on btrfs, which gives no block of an extent back before all of it is given up, and makes one extent of all
+/// neighbours that it writes back together. So that what is punched is given back, each larger write is on its way to the
+/// disk before the next one comes.
+struct Extents(File);
+
+/// Writes in bytes that get an extent of their own.
+const OWN_EXTENT: usize = 16 << 10;
+
+impl Extents {
+    /// BTRFS_SUPER_MAGIC, statfs(2).
+    const MAGIC: u64 = 0x9123_683e;
+
+    fn has(file: &File) -> bool {
+        rustix::fs::fstatfs(file).is_ok_and(|found| found.f_type as u64 & 0xffff_ffff == Self::MAGIC)
+    }
+}
+
+impl Media for Extents {
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read(offset, buf)
     }
 
-    fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
-        Err(ErrorKind::ReadOnlyFilesystem.into())
+    fn read_medium(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_medium(offset, buf)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write(offset, bytes)?;
+        if bytes.len() >= OWN_EXTENT {
+            // POSIX_FADV_DONTNEED starts writing what is dirty and drops what is not. It is advice: without it only the
+            // blocks come back later.
+            let _ = rustix::fs::fadvise(&self.0, offset, NonZeroU64::new(bytes.len() as u64), Advice::DontNeed);
+        }
+        Ok(())
     }
 
     fn len(&self) -> io::Result<u64> {
-        self.0.len()
+        Media::len(&self.0)
     }
 
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(ErrorKind::ReadOnlyFilesystem.into())
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        Media::set_len(&self.0, len)
     }
 
-    fn punch(&self, _: u64, _: u64) -> io::Result<()> {
-        Err(ErrorKind::ReadOnlyFilesystem.into())
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.punch(offset, len)
     }
 
     fn sync(&self) -> io::Result<()> {
-        Ok(())
+        Media::sync(&self.0)
     }
+}
+
+/// A file that can be written, as its file system wants it.
+fn writable(file: File) -> Box<dyn Media> {
+    if Extents::has(&file) { Box::new(Extents(file)) } else { Box::new(file) }
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opening {
+    Writable,
+    ReadOnly,
+}
+
+fn open_file(path: &Path, opening: Opening) -> io::Result<File> {
+    // A FIFO or a device must neither block nor be read from; a link could lead anywhere.
+    let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits() as i32;
+    OpenOptions::new().read(true).write(opening == Opening::Writable).custom_flags(flags).open(path)
 }
 
 /// Room on a disk, in bytes.
@@ -196,22 +340,25 @@ impl MediaDir for Directory {
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn Media>> {
-        // A FIFO or a device must neither block nor be read from; a link could lead anywhere.
-        let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits() as i32;
-        let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags).open(self.0.join(name));
-        let (file, writable) = match open(true) {
-            Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => (open(false)?, false),
-            opened => (opened?, true),
+        let path = self.0.join(name);
+        let (file, opening) = match open_file(&path, Opening::Writable) {
+            Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => {
+                (open_file(&path, Opening::ReadOnly)?, Opening::ReadOnly)
+            }
+            opened => (opened?, Opening::Writable),
         };
         if !file.metadata()?.is_file() {
             return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
         }
-        if writable { Ok(Box::new(file)) } else { Ok(Box::new(ReadOnly(file))) }
+        match opening {
+            Opening::Writable => Ok(writable(file)),
+            Opening::ReadOnly => Ok(Box::new(ReadOnly { file, path, writable: OnceLock::new() })),
+        }
     }
 
     fn create(&self, name: &str) -> io::Result<Box<dyn Media>> {
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(self.0.join(name))?;
-        Ok(Box::new(file))
+        Ok(writable(file))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

@@ -162,7 +162,7 @@ impl Pool {
 
     /// Evicts one chunk; false if there is none that may go.
     fn evict(&self) -> bool {
-        let Some(victim) = self.shards.evict(|digest| self.pins.has(digest)) else { return false };
+        let Some(victim) = self.shards.evict() else { return false };
         self.bound.evicted.fetch_add(1, Relaxed);
         self.bound.spend(-(room(victim.at.len) as i64));
         self.give_up(&victim.digest, &victim.slab, victim.at);

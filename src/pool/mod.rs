@@ -22,6 +22,7 @@ mod bound;
 mod claims;
 mod clock;
 mod journal;
+mod lost;
 mod open;
 mod owner;
 mod pins;
@@ -29,6 +30,7 @@ mod record;
 mod scrub;
 mod shards;
 mod slab;
+mod table;
 
 use std::io;
 use std::path::Path;
@@ -39,7 +41,8 @@ use serde::Serialize;
 
 pub use admit::Admission;
 pub use bound::Amount;
-pub use scrub::Scrubbed;
+pub use record::room;
+pub use scrub::{Scrub, Scrubbed};
 
 use crate::chunk::{Digest, Mismatch, Verified, verify};
 use crate::error::{Error, Result};
@@ -48,8 +51,8 @@ use admit::{Health, Writer};
 use bound::Bound;
 use claims::Claims;
 use journal::Journal;
+use lost::Lost;
 use owner::Owner;
-use pins::Pins;
 use shards::{Place, Shards, Trust};
 
 /// How a pool is kept.
@@ -99,6 +102,30 @@ pub struct PoolStat {
     pub evicted: u64,
     /// Chunks dropped because their bytes on disk were not theirs.
     pub quarantined: u64,
+    /// Chunks dropped because the disk did not give them back.
+    pub unreadable: u64,
+}
+
+/// What became of a chunk that was looked at.
+#[derive(Debug)]
+pub enum Examined {
+    /// It is what it should be.
+    Sound(Verified),
+    /// Its bytes are not its own; it was dropped.
+    Damaged,
+    /// The disk does not give it back; it was dropped.
+    Unreadable,
+    /// It is not where it was.
+    Gone,
+}
+
+/// How the bytes of a chunk are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Via {
+    /// What the system has cached will do.
+    Cache,
+    /// The medium, to see whether it still has them.
+    Medium,
 }
 
 /// The pool of a node.
@@ -115,8 +142,8 @@ pub struct Pool {
     journal: Option<Journal>,
     health: Health,
     quarantined: AtomicU64,
+    lost: Lost,
     bound: Bound,
-    pins: Pins,
     /// Declared last: the lock is released when the files are closed.
     owner: Option<Owner>,
 }
@@ -148,39 +175,36 @@ impl Pool {
     /// A chunk from before this start is read whole and checked on its first read; one that is not what it should be,
     /// or can't be read, is dropped and is a miss. So is a range that is not inside the chunk.
     pub fn read(&self, digest: &Digest, skip: u32, buf: &mut [u8]) -> Lookup {
-        let lookup = self.look_up(digest, skip, buf);
-        match lookup {
-            Lookup::Hit => self.shards.hit(digest),
-            Lookup::Miss => self.shards.miss(digest),
-        }
-        lookup
-    }
-
-    fn look_up(&self, digest: &Digest, skip: u32, buf: &mut [u8]) -> Lookup {
         loop {
-            let Some(place) = self.shards.find(digest) else { return Lookup::Miss };
+            let Some(place) = self.shards.find(digest) else { break };
             if u64::from(skip) + buf.len() as u64 > u64::from(place.len) {
-                return Lookup::Miss;
+                break;
             }
             if place.trust == Trust::Checked {
-                return match place.slab.read(place.offset() + u64::from(skip), buf) {
-                    Ok(()) if place.is_intact() || self.shards.is_at(digest, &place) => Lookup::Hit,
+                match place.slab.read(place.offset() + u64::from(skip), buf) {
+                    Ok(()) if place.is_intact() || self.shards.is_at(digest, &place) => {
+                        self.shards.hit(&place);
+                        return Lookup::Hit;
+                    }
                     Ok(()) => continue,
                     Err(error) => {
                         self.unreadable(digest, &place, &error);
-                        Lookup::Miss
+                        break;
                     }
-                };
+                }
             }
             let Some(_claim) = self.claims.take(digest) else { continue };
             if self.shards.find(digest).is_none_or(|place| place.trust == Trust::Checked) {
                 continue;
             }
-            let Some(chunk) = self.check(digest, &place) else { return Lookup::Miss };
-            let Some(bytes) = chunk.bytes().get(skip as usize..skip as usize + buf.len()) else { return Lookup::Miss };
+            let Some(chunk) = self.check(digest, &place) else { break };
+            let Some(bytes) = chunk.bytes().get(skip as usize..skip as usize + buf.len()) else { break };
             buf.copy_from_slice(bytes);
+            self.shards.hit(&place);
             return Lookup::Hit;
         }
+        self.shards.miss(digest);
+        Lookup::Miss
     }
 
     /// The whole chunk, checked, if the pool has it. Counts neither as a hit nor as a miss.
@@ -192,25 +216,35 @@ impl Pool {
 
     /// Reads the whole chunk at `place` and checks it. The chunk is trusted from then on, or dropped.
     fn check(&self, digest: &Digest, place: &Place) -> Option<Verified> {
+        match self.examine(digest, place, Via::Cache) {
+            Examined::Sound(chunk) => Some(chunk),
+            Examined::Damaged | Examined::Unreadable | Examined::Gone => None,
+        }
+    }
+
+    fn examine(&self, digest: &Digest, place: &Place, via: Via) -> Examined {
         let mut bytes = vec![0; place.len as usize];
-        if let Err(error) = place.slab.read(place.offset(), &mut bytes) {
-            self.unreadable(digest, place, &error);
-            return None;
+        let read = match via {
+            Via::Cache => place.slab.read(place.offset(), &mut bytes),
+            Via::Medium => place.slab.read_medium(place.offset(), &mut bytes),
+        };
+        if let Err(error) = read {
+            return if self.unreadable(digest, place, &error) { Examined::Unreadable } else { Examined::Gone };
         }
         match verify(digest, bytes) {
             Ok(chunk) => {
                 self.shards.trust(digest, place.slot, place.block);
-                Some(chunk)
+                Examined::Sound(chunk)
             }
-            Err(mismatch) => {
-                self.quarantine(&mismatch, place);
-                None
-            }
+            Err(mismatch) if self.quarantine(&mismatch, place) => Examined::Damaged,
+            // The place was given up while it was read.
+            Err(_) => Examined::Gone,
         }
     }
 
-    fn quarantine(&self, mismatch: &Mismatch, place: &Place) {
-        if self.drop_chunk(&mismatch.expected, place) {
+    fn quarantine(&self, mismatch: &Mismatch, place: &Place) -> bool {
+        let dropped = self.drop_chunk(&mismatch.expected, place);
+        if dropped {
             self.quarantined.fetch_add(1, Relaxed);
             tracing::warn!(
                 pool = %self.name, slab = place.slab.number, offset = place.offset(), chunk = %mismatch.expected,
@@ -218,21 +252,28 @@ impl Pool {
                 "a chunk in the pool is corrupt: its bytes were discarded, it will be fetched again"
             );
         }
+        dropped
     }
 
-    fn unreadable(&self, digest: &Digest, place: &Place, error: &io::Error) {
-        if self.drop_chunk(digest, place) && place.slab.report_once() {
-            tracing::warn!(
-                pool = %self.name, slab = place.slab.number, offset = place.offset(), chunk = %digest, %error,
-                "a chunk in the pool can't be read and will be fetched again; more of this slab go unreported"
-            );
+    fn unreadable(&self, digest: &Digest, place: &Place, error: &io::Error) -> bool {
+        let dropped = self.drop_chunk(digest, place);
+        if dropped {
+            self.lost.count_unreadable();
+            if place.slab.report_once() {
+                tracing::warn!(
+                    pool = %self.name, slab = place.slab.number, offset = place.offset(), chunk = %digest, %error,
+                    "a chunk in the pool can't be read and will be fetched again; more of this slab go unreported"
+                );
+            }
         }
+        dropped
     }
 
-    /// Takes a chunk out of the pool; false if somebody did before.
+    /// Takes a chunk out of the pool that the disk lost; false if somebody did before.
     fn drop_chunk(&self, digest: &Digest, place: &Place) -> bool {
         let Some(at) = self.shards.remove(digest, place.slot, place.block) else { return false };
         self.give_up(digest, &place.slab, at);
+        self.lost.add([*digest]);
         true
     }
 
@@ -273,7 +314,9 @@ impl Pool {
         for (slot, slab) in self.shards.slabs() {
             if let Err(error) = slab.sync() {
                 self.writer.lock().close(&slab);
-                let chunks = self.shards.clear_slab(slot);
+                let gone = self.shards.clear_slab(slot);
+                let chunks = gone.len();
+                self.lost.add(gone);
                 tracing::warn!(
                     pool = %self.name, slab = slab.number, chunks, %error,
                     "the disk lost data of a slab: its chunks were dropped and will be fetched again"
@@ -296,6 +339,7 @@ impl Pool {
             misses,
             evicted: self.bound.evicted.load(Relaxed),
             quarantined: self.quarantined.load(Relaxed),
+            unreadable: self.lost.unreadable(),
         }
     }
 }

@@ -10,7 +10,7 @@ use super::admit::{Health, OpenSlab, Writer};
 use super::bound::Bound;
 use super::claims::Claims;
 use super::journal::{Found, Journal};
-use super::pins::Pins;
+use super::lost::Lost;
 use super::record::{ALIGN, Kind, Record};
 use super::shards::{At, Shards, Trust};
 use super::slab::{self, Slab, Unusable};
@@ -67,8 +67,8 @@ impl Pool {
             journal,
             health: Health::default(),
             quarantined: AtomicU64::new(0),
+            lost: Lost::default(),
             bound,
-            pins: Pins::default(),
             owner: None,
         };
         // What a crash left behind, or what was evicted last; after a limit was lowered, the rest goes as chunks come.
@@ -159,6 +159,12 @@ mod tests {
 
     use std::time::{Duration, Instant};
 
+    /// Time that this thread was on a processor: what others do there counts for nothing.
+    fn worked() -> Duration {
+        let times = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        Duration::from_nanos(times.split(' ').next().unwrap().parse().unwrap())
+    }
+
     use super::*;
     use crate::chunk::Digest;
     use crate::media::Directory;
@@ -169,8 +175,29 @@ mod tests {
         pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
     }
 
+    /// In a process of its own: what other tests hold at the time is not the pool's.
     #[test]
     fn a_million_chunks_open_quickly_and_take_little_memory() {
+        const ALONE: &str = "FIRSTREAD_TEST_ALONE";
+        if std::env::var_os(ALONE).is_some() {
+            return open_a_million();
+        }
+        let name = "pool::open::tests::a_million_chunks_open_quickly_and_take_little_memory";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        print!("{said}");
+        assert!(
+            output.status.success() && said.contains("chunks: "),
+            "{said}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    fn open_a_million() {
         const CHUNKS: u64 = 1_000_000;
         let temporary = tempfile::tempdir().unwrap();
         let dir = Directory::new(temporary.path());
@@ -188,10 +215,10 @@ mod tests {
             Record { kind: Kind::Admit, digest, slab, block, len: 4096, row: 1 }
         };
         Journal::create(&dir, 3, (0..CHUNKS).map(record)).unwrap();
-        let (before, started) = (resident(), Instant::now());
+        let (before, began, started) = (resident(), worked(), Instant::now());
         let pool = Pool::open(temporary.path(), &PoolOptions::default()).unwrap();
-        let (took, memory) = (started.elapsed(), resident().saturating_sub(before));
-        println!("{CHUNKS} chunks: {took:?}, {} MB", memory / 1_000_000);
+        let (took, memory) = (worked() - began, resident().saturating_sub(before));
+        println!("{CHUNKS} chunks: {took:?} of work in {:?}, {} MB", started.elapsed(), memory / 1_000_000);
         assert_eq!(pool.stat().chunks, CHUNKS);
         // The optimized program takes a fraction of this.
         assert!(took < Duration::from_secs(5), "{took:?}");

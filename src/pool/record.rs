@@ -116,8 +116,9 @@ impl Record {
     }
 }
 
-/// Bytes that a chunk of `len` plain bytes takes in a slab.
-pub(super) fn room(len: u32) -> u64 {
+/// Bytes that a chunk of `len` plain bytes takes in a pool.
+#[must_use]
+pub fn room(len: u32) -> u64 {
     u64::from(len).next_multiple_of(ALIGN)
 }
 

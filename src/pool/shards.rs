@@ -1,29 +1,25 @@
 //! The pool's index in memory: digest to place, in shards so that readers rarely meet.
 //!
-//! A chunk takes an [`Entry`] of 48 bytes in a vector that grows by an eighth, and a 5-byte slot in a hash table that
-//! is 7/16 to 7/8 full: 54 to 66 bytes. The entries are dense, so that the eviction's hand (`clock`) can walk
+//! A chunk takes an entry of 48 bytes in a vector that grows by an eighth, and a 5-byte slot in a hash table that
+//! is 7/16 to 7/8 full (`table`): 54 to 66 bytes. The entries are dense, so that the eviction's hand (`clock`) can walk
 //! over them.
 #![deny(clippy::indexing_slicing)]
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use hashbrown::HashTable;
 use parking_lot::{Mutex, RwLock};
 
 use super::clock::Clock;
+use super::pins::Pins;
 use super::record::{ALIGN, Kind, Record, room};
 use super::slab::Slab;
+use super::table::{Entry, Held, Table};
 use crate::chunk::Digest;
 
 pub(super) const SHARDS: usize = 64;
-
-/// Bits of [`Entry::marks`]; the rest is the row in the slab's table.
-const CHECKED: u32 = 1 << 31;
-const USED: u32 = 1 << 30;
-const ROW: u32 = USED - 1;
 
 /// Whether a chunk's bytes may be served without a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,12 +32,14 @@ pub(super) enum Trust {
 
 /// Where a chunk is. Holding it keeps the slab's file open, and its places from being given to other chunks.
 pub(super) struct Place {
-    pub slab: Arc<Slab>,
+    pub slab: Arc<Held>,
     pub slot: u32,
     pub block: u32,
     pub len: u32,
     pub trust: Trust,
     epoch: u32,
+    /// Number of the shard that the chunk is in.
+    shard: u32,
 }
 
 /// A place as the index keeps it.
@@ -66,62 +64,13 @@ impl Place {
     }
 }
 
-pub(super) struct Entry {
-    pub digest: Digest,
-    /// Number of the slab in this process, an index of [`Table::slabs`].
-    slot: u32,
-    block: u32,
-    pub len: u32,
-    /// Whether the chunk was checked and whether it was used since the hand passed, and its row.
-    marks: AtomicU32,
-}
-
-impl Entry {
-    fn new(digest: Digest, at: At, trust: Trust) -> Self {
-        let checked = if trust == Trust::Checked { CHECKED } else { 0 };
-        let row = if at.row <= ROW { at.row } else { 0 };
-        Self { digest, slot: at.slot, block: at.block, len: at.len, marks: AtomicU32::new(checked | row) }
-    }
-
-    pub fn at(&self) -> At {
-        At { slot: self.slot, block: self.block, len: self.len, row: self.marks.load(Relaxed) & ROW }
-    }
-
-    /// Stores only what is not set yet: a hit on a hot chunk must not take the cache line from other readers.
-    fn mark(&self, mark: u32) {
-        if self.marks.load(Relaxed) & mark == 0 {
-            self.marks.fetch_or(mark, Relaxed);
-        }
-    }
-
-    /// Whether the chunk was used since this was asked the last time.
-    pub fn take_used(&self) -> bool {
-        let used = self.marks.load(Relaxed) & USED != 0;
-        if used {
-            self.marks.fetch_and(!USED, Relaxed);
-        }
-        used
-    }
-}
-
+/// The counts are beside the lock, whose cache line a reader has anyway.
 #[derive(Default)]
-pub(super) struct Table {
-    /// Numbers of entries by the hash of their digest.
-    index: HashTable<u32>,
-    pub entries: Vec<Entry>,
-    /// Every shard has its own list, so that a hit takes one lock and no common cache line but the slab's count.
-    /// `None`: the slab was removed.
-    slabs: Vec<Option<Arc<Slab>>>,
-    /// The next entry that the eviction looks at.
-    pub hand: usize,
-}
-
-#[derive(Default)]
-#[repr(align(128))]
+#[repr(C, align(128))]
 pub(super) struct Shard {
-    pub table: RwLock<Table>,
     hits: AtomicU64,
     misses: AtomicU64,
+    pub table: RwLock<Table>,
 }
 
 /// All shards.
@@ -132,35 +81,16 @@ pub(super) struct Shards {
     /// Serializes changes of the list of slabs.
     slabs: Mutex<()>,
     pub clock: Mutex<Clock>,
+    pins: Pins,
     chunks: AtomicU64,
     bytes: AtomicU64,
     /// Bytes of headers and tables of the slabs.
     overhead: AtomicU64,
 }
 
-impl Table {
-    fn position(&self, hash: u64, digest: &Digest) -> Option<usize> {
-        let same = |&number: &u32| self.entries.get(number as usize).is_some_and(|entry| entry.digest == *digest);
-        self.index.find(hash, same).map(|&number| number as usize)
-    }
-
-    fn get(&self, hash: u64, digest: &Digest) -> Option<&Entry> {
-        self.entries.get(self.position(hash, digest)?)
-    }
-
-    /// Removes the entry at `position`; the last one takes its number.
-    fn remove(&mut self, position: usize, hash_of: impl Fn(&Digest) -> u64) {
-        let Self { index, entries, .. } = self;
-        let (Some(gone), Some(moved)) = (entries.get(position), entries.last()) else { return };
-        let (gone, moved, last) = (hash_of(&gone.digest), hash_of(&moved.digest), entries.len() - 1);
-        if let Ok(slot) = index.find_entry(gone, |&number| number as usize == position) {
-            slot.remove();
-        }
-        if let Some(number) = index.find_mut(moved, |&number| number as usize == last) {
-            *number = position as u32;
-        }
-        entries.swap_remove(position);
-    }
+/// The shard is chosen by bits that the table inside uses neither for its buckets nor for its tags.
+fn shard_of(hash: u64) -> usize {
+    (hash >> 48) as usize % SHARDS
 }
 
 impl Shards {
@@ -170,6 +100,7 @@ impl Shards {
             keys: [RandomState::new().hash_one(0), RandomState::new().hash_one(1)],
             slabs: Mutex::new(()),
             clock: Mutex::default(),
+            pins: Pins::default(),
             chunks: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             overhead: AtomicU64::new(0),
@@ -186,33 +117,29 @@ impl Shards {
         (product >> 64) as u64 ^ product as u64
     }
 
-    /// The shard is chosen by bits that the table inside uses neither for its buckets nor for its tags.
     fn shard(&self, hash: u64) -> &Shard {
         let [first, ..] = &*self.shards;
-        self.shards.get((hash >> 48) as usize % SHARDS).unwrap_or(first)
+        self.shards.get(shard_of(hash)).unwrap_or(first)
     }
 
     /// Where a chunk is, for somebody who wants to read it: it counts as used.
     pub fn find(&self, digest: &Digest) -> Option<Place> {
-        self.look_up(digest, USED)
+        self.look_up(digest, Entry::set_used)
     }
 
     /// Where a chunk is; changes nothing.
     pub fn peek(&self, digest: &Digest) -> Option<Place> {
-        self.look_up(digest, 0)
+        self.look_up(digest, |_| {})
     }
 
-    fn look_up(&self, digest: &Digest, mark: u32) -> Option<Place> {
+    fn look_up(&self, digest: &Digest, mark: impl Fn(&Entry)) -> Option<Place> {
         let hash = self.hash(digest);
         let table = self.shard(hash).table.read();
         let entry = table.get(hash, digest)?;
-        let slab = Arc::clone(table.slabs.get(entry.slot as usize)?.as_ref()?);
-        if mark != 0 {
-            entry.mark(mark);
-        }
-        let trust = if entry.marks.load(Relaxed) & CHECKED != 0 { Trust::Checked } else { Trust::Unchecked };
-        let epoch = slab.epoch();
-        Some(Place { slab, slot: entry.slot, block: entry.block, len: entry.len, trust, epoch })
+        let slab = Arc::clone(table.slab(entry.slot)?);
+        mark(entry);
+        let (epoch, shard) = (slab.epoch(), shard_of(hash) as u32);
+        Some(Place { slab, slot: entry.slot, block: entry.block, len: entry.len, trust: entry.trust(), epoch, shard })
     }
 
     /// Whether the chunk is still at this place. A place is never given to another chunk, so that it was there all the
@@ -229,25 +156,37 @@ impl Shards {
     /// Adds a chunk unless it is there already; says whether it was added.
     pub fn insert(&self, digest: &Digest, at: At, trust: Trust) -> bool {
         let hash = self.hash(digest);
-        let mut guard = self.shard(hash).table.write();
-        let Table { index, entries, slabs, .. } = &mut *guard;
-        let same = |&number: &u32| entries.get(number as usize).is_some_and(|entry| entry.digest == *digest);
-        let Ok(number) = u32::try_from(entries.len()) else { return false };
-        if index.find(hash, same).is_some() {
+        let mut table = self.shard(hash).table.write();
+        if table.position(hash, digest).is_some() {
             return false;
         }
-        if entries.len() == entries.capacity() {
-            entries.reserve_exact((entries.len() / 8).max(16));
+        // Asked under the shard's lock, see `set_pins`.
+        let keep = self.pins.keep(hash);
+        if !table.push(hash, Entry::new(*digest, at, trust), keep, |digest| self.hash(digest)) {
+            return false;
         }
-        entries.push(Entry::new(*digest, at, trust));
-        let hash_of = |&number: &u32| entries.get(number as usize).map_or(0, |entry| self.hash(&entry.digest));
-        index.insert_unique(hash, number, hash_of);
         self.chunks.fetch_add(1, Relaxed);
         self.bytes.fetch_add(room(at.len), Relaxed);
-        if let Some(slab) = slab(slabs, at.slot) {
+        if let Some(slab) = table.slab(at.slot) {
             slab.gained(room(at.len));
         }
         true
+    }
+
+    /// Changes the pins, and moves the chunks that are there to where they belong.
+    ///
+    /// Whoever adds a chunk asks for its pins under the lock of its shard, and here that lock is taken after the pins
+    /// changed: one of the two sees what the other did.
+    pub fn set_pins<'a>(&self, digests: impl IntoIterator<Item = &'a Digest>, change: impl Fn(&Pins, u64)) {
+        for digest in digests {
+            let hash = self.hash(digest);
+            change(&self.pins, hash);
+            let mut table = self.shard(hash).table.write();
+            let keep = self.pins.keep(hash);
+            if let Some(position) = table.position(hash, digest) {
+                table.keep(position, keep, |digest| self.hash(digest));
+            }
+        }
     }
 
     /// Removes a chunk if it is at this place; says where it was.
@@ -255,7 +194,7 @@ impl Shards {
         let hash = self.hash(digest);
         let mut table = self.shard(hash).table.write();
         let position = table.position(hash, digest)?;
-        let at = table.entries.get(position)?.at();
+        let at = table.at(position)?.at();
         if (at.slot, at.block) != (slot, block) {
             return None;
         }
@@ -265,11 +204,11 @@ impl Shards {
 
     /// Removes the entry at `position`, and counts it off.
     pub fn remove_at(&self, table: &mut Table, position: usize) -> Option<(Digest, At, Arc<Slab>)> {
-        let entry = table.entries.get(position)?;
+        let entry = table.at(position)?;
         let (digest, at) = (entry.digest, entry.at());
         self.chunks.fetch_sub(1, Relaxed);
         self.bytes.fetch_sub(room(at.len), Relaxed);
-        let slab = slab(&table.slabs, at.slot).cloned();
+        let slab = table.slab(at.slot).map(|held| Arc::clone(&held.0));
         if let Some(slab) = &slab {
             slab.lost(room(at.len));
         }
@@ -280,19 +219,16 @@ impl Shards {
     /// Says that the chunk at `from` is at `to` now; false if it was not at `from` any more.
     pub fn relocate(&self, digest: &Digest, from: (u32, u32), to: At) -> bool {
         let hash = self.hash(digest);
-        let mut guard = self.shard(hash).table.write();
-        let Some(position) = guard.position(hash, digest) else { return false };
-        let Table { entries, slabs, .. } = &mut *guard;
-        let Some(entry) = entries.get_mut(position).filter(|entry| (entry.slot, entry.block) == from) else {
+        let mut table = self.shard(hash).table.write();
+        let Some(position) = table.position(hash, digest) else { return false };
+        let Some(entry) = table.at_mut(position).filter(|entry| (entry.slot, entry.block) == from) else {
             return false;
         };
-        let used = entry.marks.load(Relaxed) & USED;
-        *entry = Entry::new(*digest, to, Trust::Checked);
-        entry.mark(used);
-        if let Some(slab) = slab(slabs, from.0) {
+        entry.relocate(to);
+        if let Some(slab) = table.slab(from.0) {
             slab.lost(room(to.len));
         }
-        if let Some(slab) = slab(slabs, to.slot) {
+        if let Some(slab) = table.slab(to.slot) {
             slab.gained(room(to.len));
         }
         true
@@ -305,19 +241,19 @@ impl Shards {
         if let Some(entry) = table.get(hash, digest)
             && (entry.slot, entry.block) == (slot, block)
         {
-            entry.mark(CHECKED);
+            entry.set_checked();
         }
     }
 
-    /// Removes all chunks of a slab; returns how many there were.
-    pub fn clear_slab(&self, slot: u32) -> u64 {
-        let mut removed = 0;
+    /// Removes all chunks of a slab, and returns them.
+    pub fn clear_slab(&self, slot: u32) -> Vec<Digest> {
+        let mut removed = Vec::new();
         for shard in &*self.shards {
             let mut table = shard.table.write();
-            for position in (0..table.entries.len()).rev() {
-                if table.entries.get(position).is_some_and(|entry| entry.slot == slot) {
+            for position in (0..table.entries().len()).rev() {
+                if let Some(entry) = table.at(position).filter(|entry| entry.slot == slot) {
+                    removed.push(entry.digest);
                     self.remove_at(&mut table, position);
-                    removed += 1;
                 }
             }
         }
@@ -331,9 +267,10 @@ impl Shards {
         for shard in &*self.shards {
             let slabs = &mut shard.table.write().slabs;
             slot = slabs.iter().position(Option::is_none).unwrap_or(slabs.len());
+            let held = Arc::new(Held(Arc::clone(slab)));
             match slabs.get_mut(slot) {
-                Some(free) => *free = Some(Arc::clone(slab)),
-                None => slabs.push(Some(Arc::clone(slab))),
+                Some(free) => *free = Some(held),
+                None => slabs.push(Some(held)),
             }
         }
         self.overhead.fetch_add(slab.data_start(), Relaxed);
@@ -356,7 +293,13 @@ impl Shards {
     pub fn slabs(&self) -> Vec<(u32, Arc<Slab>)> {
         let [first, ..] = &*self.shards;
         let table = first.table.read();
-        (0..).zip(&table.slabs).filter_map(|(slot, slab)| Some((slot, Arc::clone(slab.as_ref()?)))).collect()
+        (0..).zip(&table.slabs).filter_map(|(slot, slab)| Some((slot, Arc::clone(&slab.as_ref()?.0)))).collect()
+    }
+
+    /// The digests of a shard's chunks.
+    pub fn digests(&self, shard: usize) -> Vec<Digest> {
+        let table = self.shards.get(shard).map(|shard| shard.table.read());
+        table.map_or_else(Vec::new, |table| table.entries().iter().map(|entry| entry.digest).collect())
     }
 
     /// A record of every chunk, shard by shard.
@@ -365,15 +308,17 @@ impl Shards {
             let table = shard.table.read();
             let record = |entry: &Entry| {
                 let (At { block, len, row, .. }, digest) = (entry.at(), entry.digest);
-                let slab = slab(&table.slabs, entry.slot)?.number;
+                let slab = table.slab(entry.slot)?.number;
                 Some(Record { kind: Kind::Admit, digest, slab, block, len, row })
             };
-            table.entries.iter().filter_map(record).collect::<Vec<_>>()
+            table.entries().iter().filter_map(record).collect::<Vec<_>>()
         })
     }
 
-    pub fn hit(&self, digest: &Digest) {
-        self.shard(self.hash(digest)).hits.fetch_add(1, Relaxed);
+    pub fn hit(&self, place: &Place) {
+        if let Some(shard) = self.shards.get(place.shard as usize) {
+            shard.hits.fetch_add(1, Relaxed);
+        }
     }
 
     pub fn miss(&self, digest: &Digest) {
@@ -403,13 +348,9 @@ impl Shards {
     }
 }
 
-fn slab(slabs: &[Option<Arc<Slab>>], slot: u32) -> Option<&Arc<Slab>> {
-    slabs.get(slot as usize)?.as_ref()
-}
-
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::indexing_slicing)]
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
     use super::*;
 
@@ -435,8 +376,34 @@ mod tests {
         let left = digests.len().div_ceil(3) as u64;
         assert_eq!((shards.chunks(), shards.bytes()), (left, left * 8192));
         assert!(shards.insert(&digests[1], at(1, 7), Trust::Checked));
-        assert_eq!(shards.clear_slab(0), left);
+        assert_eq!(shards.clear_slab(0).len() as u64, left);
         assert_eq!((shards.chunks(), shards.bytes()), (1, 8192));
         assert!(shards.contains(&digests[1]));
+    }
+
+    #[test]
+    fn pinned_chunks_are_not_in_the_eviction_s_way() {
+        let shards = Shards::new();
+        let dir = tempfile::tempdir().unwrap();
+        let slab = Slab::create(&crate::media::Directory::new(dir.path()), 0, 2 << 20).unwrap();
+        shards.add_slab(&Arc::new(slab));
+        let digests: Vec<Digest> = (0..200_000_u32).map(|number| Digest::of(&number.to_le_bytes())).collect();
+        let at = At { slot: 0, block: 1, len: 1, row: 1 };
+        let (pinned, rest) = digests.split_at(digests.len() - 50);
+        // Some are pinned before they come, some afterwards.
+        for digest in &pinned[..1000] {
+            assert!(shards.insert(digest, at, Trust::Checked));
+        }
+        shards.set_pins(pinned, Pins::add);
+        for digest in digests.iter().filter(|digest| !shards.contains(digest)).collect::<Vec<_>>() {
+            assert!(shards.insert(digest, at, Trust::Checked));
+        }
+        for _ in rest {
+            let victim = shards.evict().unwrap();
+            assert!(rest.contains(&victim.digest));
+        }
+        assert!(shards.evict().is_none());
+        shards.set_pins(&pinned[..1], Pins::remove);
+        assert_eq!(shards.evict().map(|victim| victim.digest), Some(pinned[0]));
     }
 }

@@ -161,6 +161,11 @@ impl Slab {
         self.media.read(offset, buf)
     }
 
+    /// See [`Media::read_medium`].
+    pub fn read_medium(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.media.read_medium(offset, buf)
+    }
+
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.media.write(offset, bytes)?;
         self.dirty.store(true, Relaxed);
