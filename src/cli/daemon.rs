@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::Outcome;
 use super::options::{Global, start_log};
-use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer};
+use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer, Size};
 use crate::daemon::startup::{self, Start};
 use crate::pool::Amount;
 
@@ -17,6 +17,10 @@ pub struct Daemon {
     /// What the pool leaves free on its disk, e.g. 10G or 10% [setting pool.keep_free; default: 5%]
     #[arg(long, value_name = "SIZE")]
     pool_keep_free: Option<Amount>,
+    /// How much of the pool is checked for rot in the background each second, e.g. 4M; 0: nothing [setting
+    /// pool.scrub_rate; default: 1M]
+    #[arg(long, value_name = "SIZE")]
+    pool_scrub_rate: Option<Size>,
     /// How long a read waits for an unreachable source, e.g. 60s, or `wait` [setting fetch.on_outage; default: 60s]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
@@ -32,7 +36,11 @@ impl Daemon {
     /// What keeps it from starting.
     pub fn run(self, global: Global) -> Outcome {
         let flags = Layer {
-            pool: PoolLayer { limit: self.pool_limit, keep_free: self.pool_keep_free },
+            pool: PoolLayer {
+                limit: self.pool_limit,
+                keep_free: self.pool_keep_free,
+                scrub_rate: self.pool_scrub_rate,
+            },
             fetch: FetchLayer { on_outage: self.on_outage },
             ..global.layer()
         };

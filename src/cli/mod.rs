@@ -18,6 +18,7 @@ mod pin;
 mod pool;
 mod profile;
 mod progress;
+mod prove;
 mod ready;
 mod record;
 mod reference;

@@ -1,10 +1,12 @@
-//! `firstread pin`: fetch all of an image and keep it.
+//! `firstread pin`: fetch all of an image, or what a start reads, and keep it.
+
+use std::path::PathBuf;
 
 use clap::Args;
 
 use super::Outcome;
 use super::connect::connect_or_start;
-use super::options::{AccessOptions, Context};
+use super::options::{AccessOptions, Context, absolute};
 use super::output::size;
 use super::pool::follow;
 use super::reference::image;
@@ -17,6 +19,9 @@ pub struct Pin {
     /// The image: HOST[:PORT]/REPO[:TAG][@DIGEST] or oci:DIR[:TAG]
     #[arg(value_name = "REF")]
     reference: String,
+    /// Keep only what a start reads that `firstread profile` recorded, of this or an earlier version of the image
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
     #[command(flatten)]
     access: AccessOptions,
 }
@@ -27,11 +32,14 @@ impl Pin {
     /// # Errors
     /// An image that can't be fetched, or that the pool has no room for.
     pub fn run(&self, context: &Context) -> Outcome {
-        let request = Request { reference: image(&self.reference)?.to_string(), access: context.access(&self.access)? };
+        let profile = self.profile.as_deref().map(absolute).transpose()?;
+        let (reference, access) = (image(&self.reference)?.to_string(), context.access(&self.access)?);
+        let request = Request { reference, access, profile };
         let mut client = connect_or_start(context)?;
         let pinned: Pinned = follow(context, "pinning", || client.call(Call::Pin(request.clone())))?;
         context.output.answer(&pinned, |pinned| {
-            format!("{}: pinned; {} chunks ({}) are local", pinned.image, pinned.chunks, size(pinned.bytes))
+            let what = if pinned.profile.is_some() { "start-up set pinned" } else { "pinned" };
+            format!("{}: {what}; {} chunks ({}) are local", pinned.image, pinned.chunks, size(pinned.bytes))
         })
     }
 }

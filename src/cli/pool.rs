@@ -9,10 +9,10 @@ use serde_json::Value;
 use super::Outcome;
 use super::connect::connect_or_start;
 use super::options::Context;
-use super::output::{fields, size};
+use super::output::{fields, size, table};
 use super::progress::Progress;
 use crate::daemon::config::Size;
-use crate::daemon::control::{Call, JobState, Kind, Problem, Trimmed};
+use crate::daemon::control::{Call, JobState, Kind, Problem, ScrubAnswer, Trimmed};
 use crate::pool::Scrubbed;
 
 /// How often the daemon is asked how far it is.
@@ -21,9 +21,9 @@ const POLL: Duration = Duration::from_millis(100);
 /// What to do with the pool.
 #[derive(Debug, Subcommand)]
 pub enum Pool {
-    /// Show its size and use
+    /// Show its size and use, and what sharing saves
     Stat,
-    /// Check every chunk; what is damaged is dropped and fetched again when it is read
+    /// Check every chunk on the disk; what is damaged is dropped, and fetched again at once for images in use
     Scrub,
     /// Evict what was not used for long
     Trim {
@@ -46,9 +46,13 @@ impl Pool {
             }
             Self::Scrub => {
                 let mut client = connect_or_start(context)?;
-                let found: Scrubbed = follow(context, "scrubbing", || client.call(Call::PoolScrub))?;
-                context.output.answer(&found, |found| {
-                    format!("{} chunks ({}) are sound, {} were damaged", found.chunks, size(found.bytes), found.damaged)
+                let answer: ScrubAnswer = follow(context, "scrubbing", || client.call(Call::PoolScrub))?;
+                context.output.answer(&answer, |ScrubAnswer { found, refetched }| {
+                    let Scrubbed { chunks, bytes, damaged, unreadable } = found;
+                    let sound = format!("{chunks} chunks ({}) are sound", size(*bytes));
+                    format!(
+                        "{sound}, {damaged} were damaged, {unreadable} could not be read; {refetched} were fetched again"
+                    )
                 })
             }
             Self::Trim { size: to } => {
@@ -86,15 +90,35 @@ pub fn follow<T: DeserializeOwned>(
 }
 
 fn text(stat: &Value) -> String {
-    let number = |name: &str| stat.get(name).and_then(Value::as_u64);
-    let count = |name: &str| number(name).map_or_else(|| "-".to_owned(), |number| number.to_string());
-    fields([
-        ("bytes", number("bytes").map_or_else(String::new, size)),
-        ("limit", number("limit").map_or_else(|| "none".to_owned(), size)),
-        ("chunks", count("chunks")),
-        ("hits", count("hits")),
-        ("misses", count("misses")),
-        ("evicted", count("evicted")),
-        ("quarantined", count("quarantined")),
-    ])
+    let at = |path: &str| stat.pointer(path).and_then(Value::as_u64);
+    let count = |path: &str| at(path).map_or_else(|| "-".to_owned(), |number| number.to_string());
+    let bytes = |path: &str| at(path).map_or_else(|| "-".to_owned(), size);
+    let scrubbed = match at("/scrub/rate") {
+        Some(0) | None => "off".to_owned(),
+        Some(rate) => format!("{} a second, {} passes", size(rate), count("/scrub/passes")),
+    };
+    let mut text = fields([
+        ("bytes", bytes("/bytes")),
+        ("limit", at("/limit").map_or_else(|| "none".to_owned(), size)),
+        ("chunks", count("/chunks")),
+        ("hits", count("/hits")),
+        ("misses", count("/misses")),
+        ("evicted", count("/evicted")),
+        ("quarantined", count("/quarantined")),
+        ("unreadable", count("/unreadable")),
+        ("refetched", count("/refetched")),
+        ("background scrub", scrubbed),
+        ("saved by sharing", format!("{} of {}", bytes("/sharing/saved_bytes"), bytes("/sharing/referenced_bytes"))),
+    ]);
+    let images = stat.get("images").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    if !images.is_empty() {
+        let row = |image: &Value| {
+            let bytes = |name: &str| image.get(name).and_then(Value::as_u64).map_or_else(String::new, size);
+            let name = image.get("image").and_then(Value::as_str).unwrap_or_default().to_owned();
+            [name, bytes("bytes"), bytes("local_bytes"), bytes("unique_bytes"), bytes("shared_bytes")]
+        };
+        text.push('\n');
+        text.push_str(&table(["image", "size", "local", "of its own", "shared"], images.iter().map(row)));
+    }
+    text
 }

@@ -1,5 +1,5 @@
 //! `firstread verify`: is everything that an image needs at its sources, and right? Needs no daemon and no pool: what is
-//! local says nothing about the sources.
+//! local says nothing about the sources. The other way round it is `--offline`, see `prove`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -38,6 +38,9 @@ pub struct Verify {
     /// Also check the digest of each whole pack, as a full pull does
     #[arg(long)]
     deep: bool,
+    /// Check what is local instead: every chunk is read from the node's pool, and no source is asked
+    #[arg(long, conflicts_with_all = ["deep", "plain_http", "docker_config"])]
+    offline: bool,
     #[command(flatten)]
     access: AccessOptions,
 }
@@ -84,6 +87,9 @@ impl Verify {
     /// # Errors
     /// An image that can't be opened, or in which something is damaged.
     pub fn run(&self, context: &Context) -> Outcome {
+        if self.offline {
+            return super::prove::run(context, &self.reference);
+        }
         let found = runtime()?.block_on(async {
             let image = open(context, &self.reference, &self.access).await?;
             let passes = if self.deep { 2 } else { 1 };

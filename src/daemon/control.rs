@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::Patience;
 use crate::error::Error;
+use crate::pool::Scrubbed;
 
 /// Version of the protocol. A daemon answers requests of its own version only.
 pub const VERSION: u32 = 1;
@@ -97,17 +98,22 @@ pub enum Call {
     },
     /// Serve an image to another program until this connection ends. → [`Exported`]
     Export(Export),
-    /// The node's pool. → the pool's own statistics
+    /// The node's pool. → a `PoolReport`
     PoolStat,
     /// Evict from the pool. → [`Trimmed`]
     PoolTrim {
         /// Down to so many bytes; otherwise to the pool's limit.
         bytes: Option<u64>,
     },
-    /// Check every chunk of the pool, or ask how far that is. → [`JobState`], its answer the pool's `Scrubbed`
+    /// Check every chunk of the pool, or ask how far that is. → [`JobState`], its answer a [`ScrubAnswer`]
     PoolScrub,
     /// Fetch all of an image and keep it, or ask how far that is. → [`JobState`], its answer a `Pinned`
     Pin(Pin),
+    /// Prove what is local of an image, or ask how far that is. → [`JobState`], its answer a `Proof`
+    Prove {
+        /// The image; paths in it are absolute.
+        reference: String,
+    },
     /// Let an image's chunks be evicted again. → `Pinned`
     Unpin {
         /// The image as it was pinned.
@@ -205,6 +211,9 @@ pub struct Pin {
     /// How its source is reached.
     #[serde(default)]
     pub access: SourceAccess,
+    /// Only what the start recorded in this profile reads; absolute.
+    #[serde(default)]
+    pub profile: Option<PathBuf>,
 }
 
 /// How far a piece of long work is.
@@ -223,6 +232,17 @@ pub struct JobState {
 pub struct Trimmed {
     /// Bytes that were freed.
     pub freed: u64,
+}
+
+/// The answer to [`Call::PoolScrub`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubAnswer {
+    /// What was found.
+    #[serde(flatten)]
+    pub found: Scrubbed,
+    /// Chunks that were fetched again: what was dropped, or is missing of a pinned image.
+    #[serde(default)]
+    pub refetched: u64,
 }
 
 /// The arguments of [`Call::Export`].

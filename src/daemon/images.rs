@@ -57,6 +57,14 @@ impl Images {
     }
 }
 
+impl Images {
+    /// The images that devices and exports use now.
+    #[must_use]
+    pub fn in_use(&self) -> Vec<Arc<Image>> {
+        self.open.lock().values().filter_map(Weak::upgrade).collect()
+    }
+}
+
 /// The source layer's view of how an image is reached.
 #[must_use]
 pub fn source_access(access: &SourceAccess) -> Access {

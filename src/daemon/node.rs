@@ -16,6 +16,8 @@ use super::devices::{Devices, Entry, Served, still_held};
 use super::exports::Serving;
 use super::images::{Images, index_cache};
 use super::jobs::Jobs;
+use super::keeping::Scrubbing;
+use super::mending::Mender;
 use super::pins::PinnedImages;
 use super::records::{Record, Records};
 use super::server::Stopping;
@@ -25,16 +27,18 @@ use crate::error::{Error, Result};
 use crate::fetch::{FetchOptions, Fetcher, Image, Origin, SourceReport};
 use crate::map::Map;
 use crate::oci::Reference;
-use crate::pool::{Pool, PoolOptions, PoolStat};
+use crate::pool::{Pool, PoolOptions};
 
 /// What the daemon is made of.
 pub struct Node {
-    config: Config,
+    pub(super) config: Config,
     pub(super) pool: Arc<Pool>,
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) images: Images,
     pub(super) pins: PinnedImages,
     pub(super) jobs: Jobs,
+    pub(super) mender: Mender,
+    pub(super) scrubbing: Scrubbing,
     pub(super) devices: Arc<Devices>,
     stop: watch::Sender<bool>,
 }
@@ -53,7 +57,8 @@ impl Node {
         let images = Images::new(&index_cache(&config.root));
         let pins = PinnedImages::open(&config.root.join("pins"), &index_cache(&config.root), &pool)?;
         let (devices, jobs) = (Arc::new(Devices::new(records, lost)), Jobs::default());
-        Ok(Arc::new(Self { config, pool, fetcher, images, pins, jobs, devices, stop: watch::Sender::new(false) }))
+        let (mender, scrubbing, stop) = (Mender::default(), Scrubbing::default(), watch::Sender::new(false));
+        Ok(Arc::new(Self { config, pool, fetcher, images, pins, jobs, mender, scrubbing, devices, stop }))
     }
 
     /// Becomes true when the daemon stops.
@@ -213,12 +218,6 @@ impl Node {
         Ok((Exported { image: name, digest, uri: serving.uri.clone(), device_bytes }, serving))
     }
 
-    /// The pool's numbers.
-    #[must_use]
-    pub fn pool_stat(&self) -> PoolStat {
-        self.pool.stat()
-    }
-
     /// Detaches what can be detached, and stops if nothing is left or `in_use` says so.
     pub async fn stop(&self, in_use: InUse) -> Stopped {
         let mut stopped = Stopped { detached: Vec::new(), in_use: Vec::new(), stopping: false };
@@ -250,7 +249,7 @@ impl Node {
         }
     }
 
-    async fn open_device(
+    pub(super) async fn open_device(
         &self,
         reference: &str,
         access: &SourceAccess,

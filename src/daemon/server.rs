@@ -210,10 +210,11 @@ impl Connection {
                 self.exports.lock().push(serving);
                 value(&exported)
             }
-            Call::PoolStat => value(&node.pool_stat()),
+            Call::PoolStat => value(&node.pool_stat().await?),
             Call::PoolTrim { bytes } => value(&node.pool_trim(bytes).await?),
             Call::PoolScrub => value(&node.pool_scrub()?),
             Call::Pin(request) => value(&node.pin(request)?),
+            Call::Prove { reference } => value(&node.prove(reference)?),
             Call::Unpin { reference } => value(&node.unpin(reference).await?),
             Call::Stop { in_use } => value(&node.stop(in_use).await),
         }

@@ -91,6 +91,53 @@ pub async fn open_image(
     Ok(Image { reference: reference.clone(), manifest_digest: raw.digest, layers, index, origin, config })
 }
 
+/// What is known of an image on this machine alone.
+pub struct KnownImage {
+    /// Digest of the image's manifest.
+    pub manifest_digest: Digest,
+    /// The device's description, checked just now.
+    pub index: Index,
+}
+
+/// Opens the image `reference` as it was opened the last time, from `cache_dir` alone: nothing is asked for anywhere,
+/// and nothing is changed.
+///
+/// # Errors
+/// [`Error::NotFound`] for an image of which not everything is there that a start without its sources needs;
+/// [`Error::Invalid`] for an index that is damaged.
+pub async fn open_known(reference: &Reference, platform: &Platform, cache_dir: &Path) -> Result<KnownImage> {
+    let cache = Cache { dir: cache_dir.to_owned() };
+    let missing = |what: &str| Error::NotFound {
+        source_name: "this machine".to_owned(),
+        what: format!("the {what} of {reference}"),
+    };
+    let mut digest = match reference {
+        Reference::Registry(registry) if registry.digest.is_some() => registry.digest,
+        _ => cache.noted(reference).await?,
+    }
+    .ok_or_else(|| missing("name"))?;
+    let mut nesting = 0;
+    let manifest = loop {
+        let bytes = cache.find(&digest, MAX_DOCUMENT_BYTES).await?.ok_or_else(|| missing("manifest"))?;
+        match Document::parse(&bytes, "")? {
+            Document::Manifest(manifest) => break manifest,
+            Document::Index(_) if nesting == MAX_NESTING => {
+                return Err(Error::invalid(format!("image {reference}"), "its image indexes list one another"));
+            }
+            Document::Index(index) => {
+                nesting += 1;
+                digest = descriptor_digest(Document::pick(&index, platform, "this machine")?)?;
+            }
+        }
+    };
+    let layers = Layers::of(&manifest)?;
+    let config = descriptor_digest(manifest.config())?;
+    cache.find(&config, MAX_CONFIG_BYTES).await?.ok_or_else(|| missing("configuration"))?;
+    let (path, index_digest) = (cache.path(&layers.index.index_digest, "index"), layers.index.index_digest);
+    let index = blocking(move || if path.exists() { Index::open(&path, &index_digest).map(Some) } else { Ok(None) });
+    Ok(KnownImage { manifest_digest: digest, index: index.await?.ok_or_else(|| missing("index"))? })
+}
+
 /// The document that the reference names, and a note of it for a time without the registry.
 async fn resolve(repository: &Repository, cache: &Cache, reference: &Reference) -> Result<RawDocument> {
     if let Reference::Registry(reference) = reference
@@ -98,7 +145,7 @@ async fn resolve(repository: &Repository, cache: &Cache, reference: &Reference) 
     {
         return document(repository, cache, digest, "").await;
     }
-    let note = cache.path(&Digest::of(reference.to_string().as_bytes()), "ref");
+    let note = cache.note(reference);
     match repository.manifest().await {
         Ok(raw) => {
             cache.keep(&raw.digest, &raw.bytes).await?;
@@ -111,9 +158,7 @@ async fn resolve(repository: &Repository, cache: &Cache, reference: &Reference) 
             Ok(raw)
         }
         Err(error @ Error::Unreachable { .. }) => {
-            let known = blocking(move || read_small(&note, 128)).await?;
-            let digest = known.and_then(|text| std::str::from_utf8(&text).ok()?.parse::<Digest>().ok());
-            let Some(digest) = digest else { return Err(error) };
+            let Some(digest) = cache.noted(reference).await? else { return Err(error) };
             let Some(bytes) = cache.find(&digest, MAX_DOCUMENT_BYTES).await? else { return Err(error) };
             tracing::warn!(%reference, %digest, %error, "the image is used as it was found the last time");
             Ok(RawDocument { bytes, digest, media_type: String::new() })
@@ -202,6 +247,17 @@ impl Cache {
 
     fn path(&self, digest: &Digest, kind: &str) -> PathBuf {
         self.dir.join(format!("{}.{kind}", digest.hex()))
+    }
+
+    /// Where it is noted what a reference named the last time.
+    fn note(&self, reference: &Reference) -> PathBuf {
+        self.path(&Digest::of(reference.to_string().as_bytes()), "ref")
+    }
+
+    async fn noted(&self, reference: &Reference) -> Result<Option<Digest>> {
+        let note = self.note(reference);
+        let known = blocking(move || read_small(&note, 128)).await?;
+        Ok(known.and_then(|text| std::str::from_utf8(&text).ok()?.parse().ok()))
     }
 
     /// The document with `digest`. One that was damaged on disk counts as absent.

@@ -21,6 +21,6 @@ mod unpack;
 pub use decode::decode;
 pub use fetcher::{FetchOptions, Fetcher, Priority};
 pub use health::{HealthReport, SourceReport};
-pub use image::{Image, open_image};
+pub use image::{Image, KnownImage, open_image, open_known};
 pub use origin::{CounterValues, Counters, Origin, Waits};
 pub use patience::Patience;
