@@ -147,6 +147,13 @@ fn a_disk_that_others_fill_gets_its_room_back() {
     // Seen by an admission as well.
     assert_eq!(pool.admit(&chunk(&mut random, 100_000)), Admission::Kept);
     assert!(free() >= 4 * MIB - 100_000, "{}", free());
+    drop(pool);
+    let options = PoolOptions { limit: Some(Amount::Percent(30)), ..options };
+    let pool = Pool::open(disk.0.path(), &options).unwrap();
+    pool.trim(None);
+    let stat = pool.stat();
+    assert_eq!(stat.limit, Some(6 * MIB), "of the disk");
+    assert!((4 * MIB..=6 * MIB).contains(&stat.bytes), "{stat:?}");
 }
 
 #[test]

@@ -3,18 +3,20 @@
 
 #[path = "common/crash.rs"]
 mod crash;
+#[path = "common/events.rs"]
+mod events;
 #[path = "common/random.rs"]
 mod random;
 
-use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Barrier, Once};
+use std::sync::Barrier;
 
 use crash::CrashDisk;
+use events::{collect_events, events};
 use firstread::chunk::{Verified, verify};
 use firstread::pool::{Admission, Lookup, Pool, PoolOptions};
 use firstread::{Digest, Error};
@@ -78,32 +80,6 @@ fn find(dir: &Path, chunk: &Verified) -> (PathBuf, u64) {
         }
     }
     panic!("no slab has the chunk");
-}
-
-thread_local! {
-    static EVENTS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Collects the events of each thread. One subscriber for all: those of single threads race for what tracing caches.
-fn collect_events() {
-    struct Lines;
-    impl Write for Lines {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            EVENTS.with_borrow_mut(|events| events.write(bytes))
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| tracing_subscriber::fmt().with_writer(|| Lines).with_ansi(false).init());
-}
-
-/// Runs `work` and returns its warnings and infos on this thread.
-fn events(work: impl FnOnce()) -> Vec<String> {
-    EVENTS.take();
-    work();
-    String::from_utf8(EVENTS.take()).unwrap().lines().map(str::to_owned).collect()
 }
 
 /// A tmpfs, unmounted when dropped.

@@ -1,0 +1,168 @@
+//! Hits in the pool beside pread(2) on the same file, taking turns in one process, so that what else the machine does
+//! slows both. One JSON object a workload on standard output: speeds and their ratio, medians of the rounds.
+//!
+//! `scripts/bench pool` runs it. `pool_hits --reads N` only reads N times from the pool, for counting instructions.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use firstread::Digest;
+use firstread::chunk::verify;
+use firstread::pool::{Lookup, Pool, PoolOptions};
+
+const CHUNK: u64 = 256 << 10;
+const BLOCK: u64 = 4096;
+/// Chunks of the pool: 256 MiB, which fit the page cache.
+const CHUNKS: u64 = 1024;
+const TURN: Duration = Duration::from_millis(150);
+
+/// splitmix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut value = self.0;
+        value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+}
+
+/// The pool, and the slab that has its chunks, opened once more.
+struct Bench {
+    pool: Pool,
+    digests: Vec<Digest>,
+    file: File,
+    /// Bytes of the file.
+    len: u64,
+}
+
+impl Bench {
+    fn new(dir: &std::path::Path) -> Self {
+        let options = PoolOptions { slab_bytes: 1 << 30, ..PoolOptions::default() };
+        let pool = Pool::open(dir, &options).unwrap();
+        let mut random = Random(1);
+        let mut digests = Vec::new();
+        for _ in 0..CHUNKS {
+            let bytes: Vec<u8> = (0..CHUNK / 8).flat_map(|_| random.next().to_le_bytes()).collect();
+            let digest = Digest::of(&bytes);
+            pool.admit(&verify(&digest, bytes).unwrap());
+            digests.push(digest);
+        }
+        pool.sync().unwrap();
+        let slabs = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        let slab: PathBuf = slabs.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+        let file = File::open(slab).unwrap();
+        let len = file.metadata().unwrap().len();
+        assert!(len >= CHUNKS * CHUNK, "all chunks are in one slab");
+        Self { pool, digests, file, len }
+    }
+
+    fn hit(&self, chunk: u64, skip: u64, buf: &mut [u8]) {
+        assert_eq!(self.pool.read(&self.digests[chunk as usize], skip as u32, buf), Lookup::Hit);
+    }
+
+    /// Operations a second of `threads` threads that do `work` for one turn.
+    fn turn(&self, threads: usize, work: impl Fn(&Self, &mut Random, &mut [u8], &mut u64) + Sync) -> f64 {
+        let (barrier, done) = (Barrier::new(threads + 1), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let running: Vec<_> = (0..threads as u64)
+                .map(|seed| {
+                    let (barrier, done, work) = (&barrier, &done, &work);
+                    scope.spawn(move || {
+                        let (mut random, mut buf, mut at) = (Random(seed), vec![0; 1 << 20], seed * CHUNKS / 8);
+                        barrier.wait();
+                        let mut count = 0_u64;
+                        while !done.load(Relaxed) {
+                            for _ in 0..16 {
+                                work(self, &mut random, &mut buf, &mut at);
+                            }
+                            count += 16;
+                        }
+                        count
+                    })
+                })
+                .collect();
+            barrier.wait();
+            let started = Instant::now();
+            std::thread::sleep(TURN);
+            done.store(true, Relaxed);
+            let count: u64 = running.into_iter().map(|thread| thread.join().unwrap()).sum();
+            count as f64 / started.elapsed().as_secs_f64()
+        })
+    }
+}
+
+fn random_hit(bench: &Bench, random: &mut Random, buf: &mut [u8], _: &mut u64) {
+    let at = random.below(CHUNKS * CHUNK / BLOCK);
+    bench.hit(at / (CHUNK / BLOCK), at % (CHUNK / BLOCK) * BLOCK, &mut buf[..BLOCK as usize]);
+}
+
+fn random_pread(bench: &Bench, random: &mut Random, buf: &mut [u8], _: &mut u64) {
+    let at = random.below(bench.len / BLOCK);
+    bench.file.read_exact_at(&mut buf[..BLOCK as usize], at * BLOCK).unwrap();
+}
+
+/// 1 MiB: four chunks.
+fn sequential_hit(bench: &Bench, _: &mut Random, buf: &mut [u8], at: &mut u64) {
+    for part in buf.chunks_mut(CHUNK as usize) {
+        bench.hit(*at % CHUNKS, 0, part);
+        *at += 1;
+    }
+}
+
+fn sequential_pread(bench: &Bench, _: &mut Random, buf: &mut [u8], at: &mut u64) {
+    let offset = *at * CHUNK % (bench.len - buf.len() as u64);
+    bench.file.read_exact_at(buf, offset / BLOCK * BLOCK).unwrap();
+    *at += 4;
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let number = |name: &str| {
+        let at = arguments.iter().position(|argument| argument == name)?;
+        arguments.get(at + 1)?.parse::<u64>().ok()
+    };
+    let temporary = tempfile::tempdir().unwrap();
+    let bench = Bench::new(temporary.path());
+    if let Some(reads) = number("--reads") {
+        let (mut random, mut buf) = (Random(7), vec![0; 1 << 20]);
+        for _ in 0..reads {
+            random_hit(&bench, &mut random, &mut buf, &mut 0);
+        }
+        return;
+    }
+    let rounds = number("--rounds").unwrap_or(15);
+    for (name, threads) in [("rand4k", 1), ("rand4k", 2), ("rand4k", 8), ("read1m", 1)] {
+        let (mut hits, mut preads, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            let (hit, pread) = if name == "rand4k" {
+                (bench.turn(threads, random_hit), bench.turn(threads, random_pread))
+            } else {
+                (bench.turn(threads, sequential_hit), bench.turn(threads, sequential_pread))
+            };
+            hits.push(hit);
+            preads.push(pread);
+            ratios.push(hit / pread);
+        }
+        let (hit, pread, ratio) = (median(hits), median(preads), median(ratios));
+        println!(
+            "{{\"name\": \"{name}\", \"threads\": {threads}, \"pool\": {hit:.0}, \"pread\": {pread:.0}, \"ratio\": {ratio:.3}}}"
+        );
+    }
+}
