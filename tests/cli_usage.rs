@@ -57,7 +57,7 @@ fn help_and_version_go_to_standard_output() {
     let help = node.done(&["--help"]);
     for verb in [
         "build", "attach", "mount", "umount", "detach", "list", "status", "inspect", "verify", "export", "pool",
-        "daemon", "stop",
+        "daemon", "stop", "optimize", "profile", "ready",
     ] {
         assert!(help.contains(&format!("\n  {verb} ")), "{verb} is not in {help}");
     }

@@ -23,12 +23,13 @@ fn sample() -> Vec<u8> {
     }
     writer.startup_extent(Extent { block: 3, blocks: 1, chunk: 7, offset: 4096 });
     writer.startup_order(7);
+    writer.startup_read_ahead_kb(16);
     writer.finish(1 << 20, "ext4").unwrap()
 }
 
 /// Section digests are recomputed, so that damage behind them reaches the checks of records.
 fn with_right_digests(mut bytes: Vec<u8>) -> Vec<u8> {
-    for section in 0..5 {
+    for section in 0..6 {
         let entry = 64 + 64 * section;
         let field = |at: usize| {
             usize::try_from(u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())).unwrap_or(usize::MAX)
@@ -66,6 +67,7 @@ fn a_valid_index_round_trips() {
     assert_eq!(index.blobs().map(|blob| blob.role).collect::<Vec<_>>(), [Role::Pack, Role::Startup]);
     assert_eq!(index.extents().iter().len(), 8);
     assert_eq!(index.startup_order().collect::<Vec<_>>(), [7]);
+    assert_eq!(index.startup_read_ahead_kb(), Some(16));
     walk(index);
 }
 
@@ -96,7 +98,7 @@ fn a_section_must_have_its_digest() {
 /// (what is damaged, offset in the sample, new bytes, what the error says)
 #[test]
 fn every_bound_is_checked() {
-    let sections = 64 * 6;
+    let sections = 64 * 7;
     let (blobs, chunks) = (sections, sections + 2 * 48);
     let extents = chunks + 8 * 64;
     let startup = extents + 8 * 16;
@@ -127,6 +129,8 @@ fn every_bound_is_checked() {
         ("extent behind its chunk", extents + 12, &[1, 16], "outside its chunk"),
         ("start-up extent behind its chunk", startup + 12, &[0, 32], "outside its chunk"),
         ("start-up order", startup + 16, &[200], "start-up order"),
+        ("read-ahead", startup + 20, &[1, 64], "start-up settings"),
+        ("two start-up settings", 64 * 6 + 16, &[4], "whole records"),
     ];
     for (what, at, new, expected) in cases {
         let mut bytes = sample();
@@ -149,7 +153,7 @@ proptest! {
         if !keep {
             bytes.truncate(cut.index(bytes.len()));
         }
-        let bytes = if bytes.len() > 64 * 6 { with_right_digests(bytes) } else { bytes };
+        let bytes = if bytes.len() > 64 * 7 { with_right_digests(bytes) } else { bytes };
         if let Ok(index) = Index::from_bytes(bytes) {
             walk(index);
         }

@@ -265,7 +265,7 @@ fn read_ahead_is_set_whatever_the_last_user_left() {
     let (_, attachment) = attach_file(&path);
     let setting = Path::new("/sys/class/block").join(attachment.device_path().file_name().unwrap());
     let setting = setting.join("queue/read_ahead_kb");
-    attachment.set_read_ahead(1024).unwrap();
+    firstread::attach::read_ahead::set(attachment.device_path(), 1024).unwrap();
     assert_eq!(fs::read_to_string(&setting).unwrap().trim(), "1024");
     drop(attachment);
     let (_, attachment) = attach_file(&path);

@@ -9,6 +9,7 @@ pub mod holders;
 pub mod loop_device;
 #[cfg(feature = "nbd")]
 pub mod nbd;
+pub mod read_ahead;
 #[cfg(any(feature = "nbd", feature = "vhost-user"))]
 mod socket;
 #[cfg(feature = "vhost-user")]

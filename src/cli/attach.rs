@@ -28,6 +28,9 @@ pub struct AttachOptions {
     /// How long reads wait for unreachable sources: seconds, or `wait` for ever [default: the daemon's setting]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
+    /// Read-ahead of the device in KiB until its program is ready [default: what its start was recorded with, or 128]
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(0..=16384))]
+    read_ahead: Option<u32>,
     #[command(flatten)]
     pub access: AccessOptions,
 }
@@ -55,10 +58,17 @@ pub fn request(
 ) -> Outcome<(Client, Attached)> {
     let reference = reference::image(image)?.to_string();
     let (transport, on_outage) = (options.transport.clone(), options.on_outage);
+    let read_ahead_kb = options.read_ahead;
     let access = context.access(&options.access)?;
     let mut client = connect_or_start(context)?;
-    let attached: Attached =
-        client.call(Call::Attach(control::Attach { reference, access, on_outage, transport, lifetime }))?;
+    let attached: Attached = client.call(Call::Attach(control::Attach {
+        reference,
+        access,
+        on_outage,
+        transport,
+        read_ahead_kb,
+        lifetime,
+    }))?;
     if !attached.passed_over.is_empty() {
         let reasons = attached.passed_over.join("; ");
         context.output.remark(format!("transport {} ({reasons})", attached.device.transport));

@@ -1,4 +1,4 @@
-//! `firstread build`: runs the builder found beside this program.
+//! `firstread build` and `optimize`: run the builder found beside this program.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -16,7 +16,7 @@ const BUILDER: &str = "firstread-build";
 /// Arguments of the verb.
 #[derive(Debug, Args)]
 pub struct Build {
-    /// Everything is passed on: see `firstread build --help`
+    /// Everything is passed on: see `--help` behind the verb
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
     pub arguments: Vec<OsString>,
 }
@@ -51,11 +51,11 @@ impl Build {
 ///
 /// # Errors
 /// A builder that is not there.
-pub fn exec(arguments: &[OsString]) -> Outcome {
+pub fn exec(verb: &str, arguments: &[OsString]) -> Outcome {
     let program = std::env::current_exe()
         .map_err(|error| Problem::new(Kind::Failed, format!("finding this program's directory: {error}")))?;
     let builder = program.with_file_name(BUILDER);
-    let error = Command::new(&builder).arg("build").args(arguments).exec();
+    let error = Command::new(&builder).arg(verb).args(arguments).exec();
     Err(Problem::new(Kind::Failed, format!("running the builder {}: {error}", builder.display()))
         .hint(format!("{BUILDER} belongs beside {}; install both", program.display())))
 }

@@ -54,6 +54,9 @@ enum Verb {
     /// Pack a file system or an image, write its index, publish both (runs firstread-build)
     #[command(disable_help_flag = true)]
     Build(build::Build),
+    /// Add a start-up pack to an image: what its start reads, streamed at attach (runs firstread-build)
+    #[command(disable_help_flag = true)]
+    Optimize(build::Build),
     /// Show what an image consists of: index, packs, chunks, sharing
     Inspect(inspect::Inspect),
     /// Check an image: the index is sound, every chunk can be fetched and has its digest
@@ -99,8 +102,9 @@ enum Verb {
 pub fn run() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     // Every argument after the verb is the builder's, also those that look like ours.
-    if arguments.get(1).is_some_and(|verb| verb == "build") {
-        return finish(build::exec(&arguments[2..]));
+    if let Some(verb) = ["build", "optimize"].iter().find(|verb| arguments.get(1).is_some_and(|first| first == **verb))
+    {
+        return finish(build::exec(verb, &arguments[2..]));
     }
     match Arguments::try_parse_from(&arguments) {
         Ok(arguments) => finish(dispatch(arguments)),
@@ -122,7 +126,10 @@ fn dispatch(arguments: Arguments) -> Outcome {
         return verb.run(global);
     }
     if let Verb::Build(verb) = arguments.verb {
-        return build::exec(&verb.after(&global));
+        return build::exec("build", &verb.after(&global));
+    }
+    if let Verb::Optimize(verb) = arguments.verb {
+        return build::exec("optimize", &verb.after(&global));
     }
     if let Verb::RecordInside(verb) = arguments.verb {
         return verb.run();
@@ -145,7 +152,7 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Unpin(verb) => verb.run(&context),
         Verb::Pool(verb) => verb.run(&context),
         Verb::Stop(verb) => verb.run(&context),
-        Verb::Build(_) | Verb::Daemon(_) | Verb::RecordInside(_) => Ok(()),
+        Verb::Build(_) | Verb::Optimize(_) | Verb::Daemon(_) | Verb::RecordInside(_) => Ok(()),
     }
 }
 

@@ -14,9 +14,11 @@ use super::options::{Context, absolute};
 use crate::daemon::control::{Attached, Call, DeviceInfo, Kind, Lifetime, Problem, State};
 use crate::daemon::{attachment::is_stale, mounts};
 
-/// What an ext4 image is mounted with: no journal to load, and as many inode table blocks ahead as an image's hot
-/// inodes need (in Linux' Documentation/filesystems/ext4/).
-const EXT4_OPTIONS: &str = "noload,inode_readahead_blks=32";
+/// What an ext4 image is mounted with: no journal to load, and as many inode table blocks ahead as the daemon says (in
+/// Linux' Documentation/filesystems/ext4/).
+fn ext4_options(attached: &Attached) -> String {
+    format!("noload,inode_readahead_blks={}", attached.inode_readahead_blks)
+}
 
 /// Arguments of `mount`.
 #[derive(Debug, Args)]
@@ -79,7 +81,7 @@ pub fn mount(attached: &Attached, dir: &Path) -> Outcome {
             Problem::new(Kind::Unsupported, message).hint("`firstread attach` it and mount the device yourself")
         );
     }
-    let data = CString::new(EXT4_OPTIONS).unwrap_or_default();
+    let data = CString::new(ext4_options(attached)).unwrap_or_default();
     rustix::mount::mount(device, dir, "ext4", MountFlags::RDONLY | MountFlags::NOATIME, Some(data.as_c_str())).map_err(
         |errno| {
             let error = std::io::Error::from(errno);

@@ -10,6 +10,7 @@ use super::detach::{not_running, target_of};
 use super::options::Context;
 use super::output::{fields, size, table};
 use crate::daemon::control::{Call, Health, HealthState, SourceStatus, State, Status as Numbers};
+use crate::daemon::trace::StartupStatus;
 
 /// Arguments of the verb.
 #[derive(Debug, Args)]
@@ -107,6 +108,7 @@ fn details(status: &Numbers) -> String {
         ("read", size(status.bytes.read)),
         ("fetched", format!("{} in {} requests", size(status.bytes.fetched), status.requests)),
         ("start-up stream", size(status.bytes.startup)),
+        ("start", start(&status.startup)),
         ("hits, misses", format!("{}, {}", status.hits, status.misses)),
         (
             "waits",
@@ -124,4 +126,19 @@ fn details(status: &Numbers) -> String {
         rows.push(("last error", format!("{error} ({})", ago(status.last_error_at))));
     }
     fields(rows)
+}
+
+fn start(startup: &StartupStatus) -> String {
+    let ready = startup.ready.map_or_else(String::new, |seconds| format!("ready after {seconds:.3} s; "));
+    let read_ahead = startup.read_ahead_kb.map_or_else(String::new, |kib| format!("; read-ahead {kib} KiB"));
+    let stream = match (startup.chunks, startup.streaming) {
+        (0, _) => "no start-up pack".to_owned(),
+        (chunks, streaming) => format!(
+            "{chunks} chunks in the start-up pack, {} {}; waited for {} of them",
+            size(startup.planned_bytes),
+            if streaming { "on their way" } else { "streamed" },
+            startup.missed_inside
+        ),
+    };
+    format!("{ready}{stream}; waited for {} others{read_ahead}", startup.missed_outside)
 }

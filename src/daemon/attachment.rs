@@ -36,13 +36,16 @@ pub enum Attachment {
 }
 
 impl Attachment {
-    /// Attaches `device`; its misses run on `runtime`. Blocks.
+    /// Attaches `device` with a read-ahead; its misses run on `runtime`. Blocks.
     ///
     /// # Errors
     /// What the transport says.
-    pub fn attach(transport: Transport, device: Arc<dyn Device>, runtime: Handle) -> Result<Self> {
+    pub fn attach(transport: Transport, device: Arc<dyn Device>, read_ahead_kb: u32, runtime: Handle) -> Result<Self> {
         match transport {
-            Transport::Loop => loop_device::attach(device, LoopOptions::default(), runtime).map(Self::Loop),
+            Transport::Loop => {
+                let options = LoopOptions { read_ahead_kb, ..LoopOptions::default() };
+                loop_device::attach(device, options, runtime).map(Self::Loop)
+            }
         }
     }
 
@@ -51,14 +54,6 @@ impl Attachment {
     pub fn path(&self) -> &Path {
         match self {
             Self::Loop(attachment) => attachment.device_path(),
-        }
-    }
-
-    /// Read-ahead of the block device in KiB.
-    #[must_use]
-    pub fn read_ahead_kb(&self) -> u32 {
-        match self {
-            Self::Loop(_) => LoopOptions::default().read_ahead_kb,
         }
     }
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::config::Patience;
+use super::trace::StartupStatus;
 use crate::error::Error;
 use crate::pool::Scrubbed;
 
@@ -80,6 +81,11 @@ pub enum Call {
     },
     /// The program on a device is ready: its start is over. → [`Ready`]
     Ready {
+        /// The device: its id, device path or mountpoint.
+        target: String,
+    },
+    /// What a device's start waited for, chunk by chunk. → [`Trace`](super::trace::Trace)
+    Trace {
         /// The device: its id, device path or mountpoint.
         target: String,
     },
@@ -189,6 +195,10 @@ pub struct Attach {
     pub on_outage: Option<Patience>,
     /// `auto` or the name of a transport.
     pub transport: String,
+    /// Read-ahead of the block device in KiB until its program is ready; `None`: the recording's of an image with a
+    /// start-up pack, and the kernel's default of others.
+    #[serde(default)]
+    pub read_ahead_kb: Option<u32>,
     /// Who keeps the device.
     pub lifetime: Lifetime,
 }
@@ -323,8 +333,17 @@ pub struct Attached {
     pub file_system: String,
     /// Size of the device in bytes.
     pub device_bytes: u64,
+    /// Blocks of the inode table that ext4 should read ahead (its mount option): none where a start-up pack has all
+    /// that is needed.
+    #[serde(default = "inode_readahead")]
+    pub inode_readahead_blks: u32,
     /// Why the transports before the chosen one were not possible.
     pub passed_over: Vec<String>,
+}
+
+/// The kernel's own default.
+fn inode_readahead() -> u32 {
+    32
 }
 
 /// The answer to [`Call::Export`].
@@ -378,6 +397,9 @@ pub struct Status {
     pub outage_seconds: f64,
     /// Reads that waited for a source.
     pub waits: Waits,
+    /// The device's start.
+    #[serde(default)]
+    pub startup: StartupStatus,
     /// Whether sources can be reached.
     #[serde(default)]
     pub health: Health,

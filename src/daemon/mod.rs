@@ -25,3 +25,4 @@ pub mod sharing;
 pub mod starts;
 pub mod startset;
 pub mod startup;
+pub mod trace;

@@ -21,7 +21,9 @@ use super::mending::Mender;
 use super::pins::PinnedImages;
 use super::records::{Record, Records};
 use super::server::Stopping;
-use super::starts::Start;
+use super::starts::{Start, watch_start};
+use super::trace::{StartupStatus, startup_status};
+use crate::attach::read_ahead::READY_KB;
 use crate::device::{Device, ImageDevice};
 use crate::error::{Error, Result};
 use crate::fetch::{FetchOptions, Fetcher, Image, Origin, SourceReport};
@@ -95,17 +97,25 @@ impl Node {
         };
         let (file_system, device_bytes) = (image.index.file_system().to_owned(), device.size());
         let runtime = tokio::runtime::Handle::current();
+        let recorded = image.index.startup_read_ahead_kb();
+        let read_ahead_kb = request.read_ahead_kb.or(recorded).unwrap_or(READY_KB);
+        // The start-up pack has all metadata that is needed; what is read beside it would only be waited for.
+        let inode_readahead_blks = if image.index.startup_order().len() > 0 { 0 } else { 32 };
         let info = blocking(move || {
-            let attachment = Attachment::attach(choice.transport, Arc::clone(&device) as Arc<dyn Device>, runtime)?;
+            let served = Arc::clone(&device) as Arc<dyn Device>;
+            let attachment = Attachment::attach(choice.transport, served, read_ahead_kb, runtime)?;
             info.device = attachment.path().to_owned();
-            let start = Start::new(Some(attachment.read_ahead_kb()));
+            let start = Start::new(attachment.path(), read_ahead_kb);
             let served = Served { image, device, start };
             reserved.fill(info.clone(), served, attachment)?;
             Ok(info)
         })
         .await?;
         tracing::info!("{}: {} is {}", info.id, info.image, info.device.display());
-        Ok(Attached { device: info, file_system, device_bytes, passed_over: choice.passed_over })
+        if let Ok(entry) = self.devices.find(&info.id) {
+            tokio::spawn(watch_start(Arc::downgrade(&entry)));
+        }
+        Ok(Attached { inode_readahead_blks, device: info, file_system, device_bytes, passed_over: choice.passed_over })
     }
 
     /// Makes a device permanent, and remembers where it is mounted.
@@ -260,6 +270,8 @@ impl Node {
         let map = Map::new(Arc::clone(&image.index));
         let device =
             ImageDevice::new(map, Arc::clone(&image.origin), Arc::clone(&self.fetcher), Arc::clone(&self.pool));
+        // Before the device has its first reader.
+        self.fetcher.start_up(&image.origin, &image.index);
         Ok((image, device))
     }
 
@@ -283,6 +295,7 @@ fn numbers(entry: &Entry, pool: &Pool, node: Patience) -> Status {
         verify_failures: 0,
         outage_seconds: 0.0,
         waits: Waits::default(),
+        startup: StartupStatus::default(),
         health: Health::default(),
         sources: Vec::new(),
         last_error: None,
@@ -299,7 +312,8 @@ fn numbers(entry: &Entry, pool: &Pool, node: Patience) -> Status {
         fetched: fetched.chunks,
         failed: fetched.failed,
     };
-    status.bytes = ByteCounts { read: read.bytes, fetched: fetched.bytes, startup: 0 };
+    status.bytes = ByteCounts { read: read.bytes, fetched: fetched.bytes, startup: fetched.startup_bytes };
+    status.startup = startup_status(served);
     status.requests = fetched.requests;
     (status.hits, status.misses) = (read.hits, read.misses);
     status.verify_failures = fetched.verify_failures;

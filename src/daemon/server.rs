@@ -196,6 +196,7 @@ impl Connection {
             Call::List => value(&node.list()),
             Call::Status { target } => value(&node.status(target.as_deref()).await?),
             Call::Ready { target } => value(&node.ready(&target)?),
+            Call::Trace { target } => value(&node.trace(&target).await?),
             Call::Profile { target, until } => {
                 let text = node.profile(&target, until).await?;
                 *self.profile.lock() = Some(Arc::clone(&text));

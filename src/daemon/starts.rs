@@ -1,41 +1,139 @@
 //! Starts: what the daemon knows of each device's, and what it makes of that.
 
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use super::control::{Problem, ProfilePage, Ready, Until};
+use super::control::{Kind, Problem, ProfilePage, Ready, Until};
 use super::devices::{Entry, Served};
 use super::node::{Node, blocking};
+use super::trace::{Trace, trace};
+use crate::attach::read_ahead::{self, READY_KB};
+use crate::chunk::Digest;
 use crate::device::{Device, ImageDevice};
 use crate::error::Result;
 use crate::ext4::{BLOCK_SIZE, Names, read_names};
-use crate::profile::{Profile, Recording, locate};
+use crate::index::Index;
+use crate::profile::{Profile, Recording, Touch, locate};
 
 /// Bytes of a profile's text in one answer.
 const PAGE: usize = 1 << 20;
 
+/// How often a starting device is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// A start is over when nothing of the start-up pack was read for the first time for so long.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Longest start.
+const LONGEST: Duration = Duration::from_secs(300);
+
 /// A device's start.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Start {
-    /// Read-ahead of the block device in KiB, where there is one.
-    pub read_ahead_kb: Option<u32>,
+    /// The block device.
+    path: PathBuf,
+    /// Its read-ahead in KiB while it starts.
+    read_ahead_kb: u32,
+    /// Its read-ahead in KiB afterwards, once that was set.
+    raised: OnceLock<u32>,
     /// How long after its attach the program on it was ready.
     ready: OnceLock<Duration>,
 }
 
 impl Start {
-    /// A start with the device's read-ahead.
+    /// The start of the block device at `path`, whose read-ahead was set.
     #[must_use]
-    pub fn new(read_ahead_kb: Option<u32>) -> Self {
-        Self { read_ahead_kb, ready: OnceLock::new() }
+    pub fn new(path: &Path, read_ahead_kb: u32) -> Self {
+        Self { path: path.to_owned(), read_ahead_kb, raised: OnceLock::new(), ready: OnceLock::new() }
+    }
+
+    /// Read-ahead of the block device in KiB.
+    #[must_use]
+    pub fn read_ahead_kb(&self) -> u32 {
+        self.raised.get().copied().unwrap_or(self.read_ahead_kb)
     }
 
     /// How long after its attach the program on it was ready.
     #[must_use]
     pub fn ready(&self) -> Option<Duration> {
         self.ready.get().copied()
+    }
+
+    /// The start is over: the device's read-ahead becomes that of any other. Blocks.
+    fn raise(&self, id: &str) {
+        self.raised.get_or_init(|| {
+            let kib = self.read_ahead_kb.max(READY_KB);
+            if kib != self.read_ahead_kb
+                && let Err(error) = read_ahead::set(&self.path, kib)
+            {
+                tracing::warn!("{id}: {error}");
+                return self.read_ahead_kb;
+            }
+            kib
+        });
+    }
+}
+
+/// Waits until a device's start is over: somebody said so, or nothing of the start-up pack is read any more. Raises its
+/// read-ahead then.
+pub async fn watch_start(entry: Weak<Entry>) {
+    let Some(hot) = entry.upgrade().and_then(|entry| entry.served.as_ref().map(|served| Hot::new(&served.image.index)))
+    else {
+        return;
+    };
+    let (mut seen, mut last) = (0, Instant::now());
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let Some(entry) = entry.upgrade() else { return };
+        let Some(served) = &entry.served else { return };
+        let touches = served.device.touches_from(seen);
+        seen += touches.len();
+        let (streaming, _) = served.image.origin.startup();
+        if streaming || touches.iter().any(|touch| hot.has(&served.image.index, touch)) {
+            last = Instant::now();
+        }
+        let quiet = seen > 0 && last.elapsed() >= QUIET;
+        if served.start.ready().is_some() || quiet || served.device.started().elapsed() >= LONGEST {
+            return raise(entry);
+        }
+    }
+}
+
+/// Raises the read-ahead of a device whose start is over. The kernel lets no read in meanwhile and waits for those that
+/// are under way, which may wait for a source: so nobody waits for it.
+fn raise(entry: Arc<Entry>) {
+    drop(tokio::task::spawn_blocking(move || {
+        if let Some(served) = &entry.served {
+            served.start.raise(&entry.info().id);
+        }
+    }));
+}
+
+/// The blocks that a start-up pack has.
+struct Hot {
+    /// Chunks that are hot as a whole: they have no start-up extents.
+    whole: HashSet<Digest>,
+}
+
+impl Hot {
+    fn new(index: &Index) -> Self {
+        Self {
+            whole: index.startup_order().filter_map(|number| index.chunk(number)).map(|chunk| chunk.digest).collect(),
+        }
+    }
+
+    fn has(&self, index: &Index, touch: &Touch) -> bool {
+        let end = touch.block.saturating_add(touch.blocks);
+        if index.startup_extents().at_or_after(touch.block).is_some_and(|extent| extent.block < end) {
+            return true;
+        }
+        let ordinary = index.extents().at_or_after(touch.block).filter(|extent| extent.block < end);
+        let chunk = ordinary.and_then(|extent| index.chunk(extent.chunk));
+        chunk.is_some_and(|chunk| self.whole.contains(&chunk.digest))
     }
 }
 
@@ -48,7 +146,22 @@ impl Node {
         let entry = self.devices.find(target)?;
         let served = entry.served()?;
         let ready = *served.start.ready.get_or_init(|| served.device.started().elapsed());
-        Ok(Ready { id: entry.info().id, seconds: ready.as_secs_f64() })
+        let id = entry.info().id;
+        raise(entry);
+        Ok(Ready { id, seconds: ready.as_secs_f64() })
+    }
+
+    /// What a device's start waited for.
+    ///
+    /// # Errors
+    /// There is no such device, or nobody serves it.
+    pub async fn trace(&self, target: &str) -> std::result::Result<Trace, Problem> {
+        let entry = self.devices.find(target)?;
+        entry.served()?;
+        let info = entry.info();
+        let found =
+            blocking(move || Ok(entry.served.as_ref().map(|served| trace(served, info.id, info.image)))).await?;
+        found.ok_or_else(|| Problem::new(Kind::NotFound, format!("{target} lost its server")))
     }
 
     /// The profile of a device's start as text.
@@ -85,7 +198,7 @@ fn profile(entry: &Entry, served: &Served, until: Until, runtime: &Handle) -> Re
         device: Some(image.index.device_digest().to_string()),
         file_system: image.index.file_system().to_owned(),
         device_bytes: image.index.device_bytes(),
-        read_ahead_kb: served.start.read_ahead_kb,
+        read_ahead_kb: Some(served.start.read_ahead_kb),
         seconds: seconds.as_secs_f64(),
         ready: ready.map(|ready| ready.as_secs_f64()),
         complete,

@@ -92,11 +92,10 @@ impl ImageDevice {
         self.touches.snapshot()
     }
 
-    /// How many runs were touched for the first time, and when the last one was, in microseconds from
-    /// [`started`](Self::started).
+    /// What was touched after the first `seen` runs.
     #[must_use]
-    pub fn latest_touch(&self) -> (usize, Option<u64>) {
-        self.touches.latest()
+    pub fn touches_from(&self, seen: usize) -> Vec<Touch> {
+        self.touches.from(seen)
     }
 
     /// The latest reads that waited for a source, oldest first, and how many before them were forgotten.

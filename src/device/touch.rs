@@ -115,16 +115,15 @@ impl Touches {
 
     /// What was touched, in order, and whether that is all.
     pub(super) fn snapshot(&self) -> (Vec<Touch>, bool) {
+        (self.from(0), !self.full.load(Relaxed))
+    }
+
+    /// What was touched after the first `seen` runs. The last one of those may have grown since.
+    pub(super) fn from(&self, seen: usize) -> Vec<Touch> {
         let log = self.log.lock();
         let touch =
             |run: &Short| Touch { microseconds: u64::from(run.time) * 16, block: run.block, blocks: run.blocks };
-        (log.runs.iter().map(touch).collect(), !self.full.load(Relaxed))
-    }
-
-    /// Runs so far, and when the last one began or was continued.
-    pub(super) fn latest(&self) -> (usize, Option<u64>) {
-        let log = self.log.lock();
-        (log.runs.len(), log.runs.last().map(|run| u64::from(run.time) * 16))
+        log.runs.get(seen..).unwrap_or_default().iter().map(touch).collect()
     }
 }
 

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 /// Waits that are kept, 40 bytes each.
-const KEPT: usize = 16 << 10;
+const KEPT: usize = 8 << 10;
 
 /// One piece of a read that waited for a chunk. Times are in seconds from the device's start.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

@@ -156,6 +156,23 @@ impl Names {
         (0..self.len()).map(|name| (self.path(name), name)).collect()
     }
 
+    /// Number of the inode that the name stands for.
+    #[must_use]
+    pub fn inode(&self, name: u32) -> u32 {
+        self.names.get(name as usize).map_or(0, |name| name.inode)
+    }
+
+    /// The runs of each inode, in the order of the file.
+    #[must_use]
+    pub fn by_inode(&self) -> HashMap<u32, Vec<Run>> {
+        let mut files: HashMap<u32, Vec<Run>> = HashMap::new();
+        for run in &self.runs {
+            files.entry(self.inode(run.name)).or_default().push(*run);
+        }
+        files.values_mut().for_each(|runs| runs.sort_unstable_by_key(|run| run.file_block));
+        files
+    }
+
     /// The block of the inode table with the name's inode.
     #[must_use]
     pub fn inode_block(&self, name: u32) -> Option<u32> {

@@ -1,5 +1,7 @@
 //! Decoding: stored bytes become a verified chunk, or are dropped.
 
+use std::time::Instant;
+
 use zstd::zstd_safe;
 
 use crate::chunk::{ChunkRef, Codec, Verified, verify};
@@ -11,6 +13,11 @@ use crate::error::Error;
 /// # Errors
 /// [`Error::WrongBytes`] that names the source and says what is wrong, with the digest that was found.
 pub fn decode(chunk: &ChunkRef, stored: Vec<u8>, source_name: &str) -> Result<Verified, Error> {
+    decode_timed(chunk, stored, source_name).map(|(chunk, _)| chunk)
+}
+
+/// The same, and when the bytes were inflated.
+pub(super) fn decode_timed(chunk: &ChunkRef, stored: Vec<u8>, source_name: &str) -> Result<(Verified, Instant), Error> {
     let wrong = |reason| Error::WrongBytes { chunk: chunk.digest, source_name: source_name.to_owned(), reason };
     let plain = match chunk.codec {
         Codec::Plain => stored,
@@ -19,7 +26,11 @@ pub fn decode(chunk: &ChunkRef, stored: Vec<u8>, source_name: &str) -> Result<Ve
     if plain.len() != chunk.plain_len as usize {
         return Err(wrong(format!("it has {} plain bytes, not {}", plain.len(), chunk.plain_len)));
     }
-    verify(&chunk.digest, plain).map_err(|mismatch| Error::mismatch(&mismatch, source_name))
+    let inflated = Instant::now();
+    match verify(&chunk.digest, plain) {
+        Ok(chunk) => Ok((chunk, inflated)),
+        Err(mismatch) => Err(Error::mismatch(&mismatch, source_name)),
+    }
 }
 
 /// Inflates exactly one zstd frame that takes all of `stored` and has `plain_len` plain bytes (RFC 8878, section 3.1).

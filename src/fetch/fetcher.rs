@@ -210,12 +210,12 @@ async fn outcome(mut waiting: Waiting) -> Option<Result<Arc<Verified>>> {
     }
 }
 
-fn id(origin: &Arc<Origin>) -> OriginId {
+pub(super) fn id(origin: &Arc<Origin>) -> OriginId {
     Arc::as_ptr(origin) as OriginId
 }
 
 /// Checks what an index promises of its chunks, since later arithmetic relies on it.
-fn check(origin: &Origin, chunk: &ChunkRef) -> Result<()> {
+pub(super) fn check(origin: &Origin, chunk: &ChunkRef) -> Result<()> {
     let bytes = origin.blobs().get(chunk.blob as usize).map(|blob| blob.bytes);
     let end = chunk.offset.checked_add(u64::from(chunk.stored_len));
     let inside = bytes.zip(end).is_some_and(|(bytes, end)| end <= bytes);

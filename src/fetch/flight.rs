@@ -90,6 +90,12 @@ impl Ticket {
         self.sender.send_replace(Progress::Done(result));
     }
 
+    /// Whether somebody waits.
+    pub(super) fn is_waited_for(&self) -> bool {
+        // The entry's own receiver is one.
+        self.sender.receiver_count() > 1
+    }
+
     /// Closes the flight if nobody waits for it; says so.
     pub(super) fn close_if_unwaited(&mut self) -> bool {
         let mut entries = self.flights.entries.lock();

@@ -2,7 +2,8 @@
 //!
 //! [`Fetcher::fetch`] joins or starts a flight for each chunk (`flight`); new ones wait in their origin's queue (`queue`),
 //! from which neighbours are taken together, and what is likely to be read next (`ahead`); a request is cut into chunks as its body arrives (`request`), each of which is
-//! decoded and verified (`decode`), delivered, and admitted to the pool. When no source can be reached, one task probes
+//! decoded and verified (`decode`), delivered, and admitted to the pool. `startup` streams what a start needs before anybody
+//! asks for it. When no source can be reached, one task probes
 //! them while readers wait (`outage`); `health` knows which sources work and tells of every change once.
 
 mod ahead;
@@ -11,16 +12,19 @@ mod fetcher;
 mod flight;
 mod health;
 mod image;
+mod log;
 mod origin;
 mod outage;
 mod patience;
 mod queue;
 mod request;
+mod startup;
 mod unpack;
 
 pub use decode::decode;
 pub use fetcher::{FetchOptions, Fetcher, Priority};
 pub use health::{HealthReport, SourceReport};
 pub use image::{Image, KnownImage, open_image, open_known};
+pub use log::Fetched;
 pub use origin::{CounterValues, Counters, Origin, Waits};
 pub use patience::Patience;

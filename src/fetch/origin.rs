@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::FetchOptions;
 use super::ahead::{Ahead, Order};
 use super::health::{Health, HealthReport};
+use super::log::{Fetched, Log, Startup};
 use super::patience::Patience;
 use super::queue::{MAX_SOURCES, Queue};
 use crate::chunk::{ChunkRef, Digest};
@@ -34,6 +35,8 @@ pub struct Origin {
     pub(super) queue: Mutex<Queue>,
     /// Chunks that no source has right, of which there was an event.
     reported: Mutex<HashSet<Digest>>,
+    pub(super) log: Log,
+    pub(super) startup: Startup,
 }
 
 impl Origin {
@@ -52,6 +55,8 @@ impl Origin {
             ahead: Mutex::default(),
             queue: Mutex::default(),
             reported: Mutex::default(),
+            log: Log::default(),
+            startup: Startup::default(),
         }
     }
 
@@ -122,6 +127,18 @@ impl Origin {
         &self.sources
     }
 
+    /// The latest fetches, oldest first, and how many before them were forgotten.
+    #[must_use]
+    pub fn fetches(&self) -> (Vec<Fetched>, u64) {
+        self.log.snapshot()
+    }
+
+    /// Whether a start-up stream runs, and the stored bytes that streams were begun for.
+    #[must_use]
+    pub fn startup(&self) -> (bool, u64) {
+        (self.startup.is_running(), self.startup.planned())
+    }
+
     /// What fetching has cost since the origin was made.
     #[must_use]
     pub fn counters(&self) -> &Counters {
@@ -134,6 +151,7 @@ impl Origin {
 pub struct Counters {
     pub(super) chunks: AtomicU64,
     pub(super) bytes: AtomicU64,
+    pub(super) startup_bytes: AtomicU64,
     pub(super) requests: AtomicU64,
     pub(super) failed: AtomicU64,
     pub(super) verify_failures: AtomicU64,
@@ -150,6 +168,8 @@ pub struct CounterValues {
     pub chunks: u64,
     /// Bytes received from sources, including what was skipped or discarded.
     pub bytes: u64,
+    /// Of these, bytes of the start-up stream.
+    pub startup_bytes: u64,
     /// Requests to sources.
     pub requests: u64,
     /// Chunks whose fetch ended in an error.
@@ -182,6 +202,7 @@ impl Counters {
         CounterValues {
             chunks: get(&self.chunks),
             bytes: get(&self.bytes),
+            startup_bytes: get(&self.startup_bytes),
             requests: get(&self.requests),
             failed: get(&self.failed),
             verify_failures: get(&self.verify_failures),

@@ -59,7 +59,7 @@ impl Shared {
 
     /// Asks the sources in turn. Returns the chunks that did not arrive, for causes that may pass, and whether any other
     /// did, or was found not to be there.
-    async fn attempt(
+    pub(super) async fn attempt(
         self: &Arc<Self>,
         origin: &Arc<Origin>,
         batch: Vec<Want>,

@@ -23,6 +23,8 @@ pub(super) struct Want {
     pub priority: Priority,
     /// When it was asked for.
     pub since: Instant,
+    /// When the request was sent that it is in.
+    pub requested: Option<Instant>,
     /// Sources whose bytes were wrong twice, by number.
     pub wrong_sources: u64,
     /// Sources whose bytes were wrong at least once.
@@ -36,7 +38,18 @@ pub(super) struct Want {
 impl Want {
     pub(super) fn new(chunk: ChunkRef, ticket: Ticket, priority: Priority) -> Self {
         let since = Instant::now();
-        Self { chunk, ticket, priority, since, wrong_sources: 0, wrong_once: 0, trouble: None, earlier: None }
+        let requested = None;
+        Self {
+            chunk,
+            ticket,
+            priority,
+            since,
+            requested,
+            wrong_sources: 0,
+            wrong_once: 0,
+            trouble: None,
+            earlier: None,
+        }
     }
 
     /// First byte behind the stored chunk. Its range was checked against the blob.

@@ -7,8 +7,10 @@ use futures_util::StreamExt;
 use tokio::time::Instant;
 
 use super::Origin;
-use super::decode::decode;
+use super::Priority;
+use super::decode::decode_timed;
 use super::fetcher::Shared;
+use super::log::Fetched;
 use super::origin::Counters;
 use super::queue::Want;
 use crate::error::{Error, Result};
@@ -40,6 +42,7 @@ impl Shared {
     ) -> Vec<Want> {
         let asked = wants.len();
         let mut wants = VecDeque::from(wants);
+        wants.iter_mut().for_each(|want| want.requested = Some(Instant::now()));
         let Err(broken) = self.stream(origin, number, &mut wants, give_up).await else {
             origin.health.answered(number);
             return Vec::new();
@@ -80,6 +83,7 @@ impl Shared {
         let (mut at, end) = (first.chunk.offset, last.end());
         let blob = origin.blobs().get(first.chunk.blob as usize);
         let (Some(blob), Some(source)) = (blob, origin.sources().get(number)) else { return Ok(()) };
+        let startup = first.priority == Priority::Startup;
         Counters::add(&origin.counters().requests, 1);
         let mut body: Body = self.patient(origin, give_up, source.read_at(blob, at, end - at)).await??;
         let mut stored = Vec::new();
@@ -90,6 +94,9 @@ impl Shared {
             };
             let piece = piece?;
             Counters::add(&origin.counters().bytes, piece.len() as u64);
+            if startup {
+                Counters::add(&origin.counters().startup_bytes, piece.len() as u64);
+            }
             let mut piece = &piece[..];
             while let Some(want) = wants.front().filter(|_| !piece.is_empty()) {
                 // The gap before the chunk, then the chunk.
@@ -128,17 +135,30 @@ impl Shared {
 
     /// Decodes, verifies, delivers and admits one chunk on a blocking thread.
     async fn finish(self: &Arc<Self>, origin: &Arc<Origin>, number: usize, want: Want, stored: Vec<u8>) {
+        let arrived = std::time::Instant::now();
         // The semaphore is never closed.
         let Ok(permit) = Arc::clone(&self.decoders).acquire_owned().await else { return };
         let (shared, origin) = (Arc::clone(self), Arc::clone(origin));
         drop(tokio::task::spawn_blocking(move || {
             let _permit = permit;
             let source_name = origin.sources().get(number).map_or("a source", |source| source.name());
-            match decode(&want.chunk, stored, source_name) {
-                Ok(chunk) => {
+            let started = std::time::Instant::now();
+            match decode_timed(&want.chunk, stored, source_name) {
+                Ok((chunk, inflated)) => {
                     let chunk = Arc::new(chunk);
                     Counters::add(&origin.counters().chunks, 1);
                     want.ticket.deliver(Ok(Arc::clone(&chunk)));
+                    origin.log.add(Fetched {
+                        chunk: want.chunk,
+                        priority: want.priority,
+                        source: number,
+                        asked: want.since.into_std(),
+                        requested: want.requested.unwrap_or(want.since).into_std(),
+                        arrived,
+                        started,
+                        inflated,
+                        verified: std::time::Instant::now(),
+                    });
                     // Before the ticket is dropped: until then whoever misses the chunk in the pool joins this flight.
                     shared.pool.admit(&chunk);
                 }

@@ -15,6 +15,11 @@ pub(super) const KIND_EXTENTS: u32 = 3;
 pub(super) const KIND_STARTUP_EXTENTS: u32 = 4;
 pub(super) const KIND_STARTUP_ORDER: u32 = 5;
 
+pub(super) const KIND_STARTUP_SETTINGS: u32 = OPTIONAL_KIND + 1;
+
+/// Largest read-ahead in KiB.
+pub(super) const READ_AHEAD_MAX: u32 = 16 << 10;
+
 pub(super) const CODEC_PLAIN: u8 = 0;
 pub(super) const CODEC_ZSTD: u8 = 1;
 
@@ -57,10 +62,13 @@ record!(ChunkRecord {
 
 record!(ExtentRecord { block: U32, blocks: U32, chunk: U32, offset: U32 });
 
+record!(SettingsRecord { read_ahead_kb: U32, reserved: [u8; 12] });
+
 const _: () = {
     assert!(size_of::<Header>() == 64);
     assert!(size_of::<Section>() == 64);
     assert!(size_of::<BlobRecord>() == 48);
     assert!(size_of::<ChunkRecord>() == 64);
     assert!(size_of::<ExtentRecord>() == 16);
+    assert!(size_of::<SettingsRecord>() == 16);
 };

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, Section};
+use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, Section, SettingsRecord};
 use super::{BLOCK, Blob, DEVICE_MAX, Extent, Role};
 use crate::chunk::{CHUNK_MAX, ChunkRef, Codec, Digest, STORED_MAX};
 use crate::error::{Error, Result};
@@ -41,6 +41,7 @@ pub struct Index {
     extents: Range<usize>,
     startup_extents: Range<usize>,
     startup_order: Range<usize>,
+    startup_settings: Range<usize>,
 }
 
 impl std::fmt::Debug for Index {
@@ -132,6 +133,7 @@ impl Index {
             extents: required(sections.extents, "extents")?,
             startup_extents: sections.startup_extents.unwrap_or_default(),
             startup_order: sections.startup_order.unwrap_or_default(),
+            startup_settings: sections.startup_settings.unwrap_or_default(),
             bytes: Bytes::Owned(Vec::new()),
         };
         index.bytes = bytes;
@@ -166,6 +168,10 @@ impl Index {
         }
         self.check_extents(self.extent_records(), "extent")?;
         self.check_extents(self.startup_records(), "start-up extent")?;
+        let settings = self.settings_records();
+        if settings.len() > 1 || settings.iter().any(|record| record.read_ahead_kb.get() > layout::READ_AHEAD_MAX) {
+            return Err(invalid("its start-up settings are out of bounds"));
+        }
         let chunks = self.chunk_count();
         match self.startup_order().find(|&chunk| chunk >= chunks) {
             Some(chunk) => Err(invalid(format!("the start-up order names chunk {chunk}, which does not exist"))),
@@ -262,6 +268,16 @@ impl Index {
         records::<zerocopy::little_endian::U32>(self.bytes.get(), &self.startup_order).iter().map(|number| number.get())
     }
 
+    /// The read-ahead in KiB that the start was recorded with, if the index says.
+    #[must_use]
+    pub fn startup_read_ahead_kb(&self) -> Option<u32> {
+        self.settings_records().first().map(|record| record.read_ahead_kb.get())
+    }
+
+    fn settings_records(&self) -> &[SettingsRecord] {
+        records(self.bytes.get(), &self.startup_settings)
+    }
+
     fn blob_records(&self) -> &[BlobRecord] {
         records(self.bytes.get(), &self.blobs)
     }
@@ -331,6 +347,7 @@ struct Sections {
     extents: Option<Range<usize>>,
     startup_extents: Option<Range<usize>>,
     startup_order: Option<Range<usize>>,
+    startup_settings: Option<Range<usize>>,
 }
 
 impl Sections {
@@ -342,6 +359,7 @@ impl Sections {
             layout::KIND_EXTENTS => (&mut self.extents, size_of::<ExtentRecord>()),
             layout::KIND_STARTUP_EXTENTS => (&mut self.startup_extents, size_of::<ExtentRecord>()),
             layout::KIND_STARTUP_ORDER => (&mut self.startup_order, size_of::<u32>()),
+            layout::KIND_STARTUP_SETTINGS => (&mut self.startup_settings, size_of::<SettingsRecord>()),
             layout::OPTIONAL_KIND.. => return Ok(()),
             _ => {
                 return Err(Error::Unsupported(format!(

@@ -2,7 +2,7 @@
 
 use zerocopy::IntoBytes;
 
-use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, Section};
+use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, Section, SettingsRecord};
 use super::{BLOCK, Blob, Extent, Role};
 use crate::chunk::{ChunkRef, Codec, Digest};
 use crate::error::{Error, Result};
@@ -15,6 +15,7 @@ pub struct IndexWriter {
     extents: Vec<ExtentRecord>,
     startup_extents: Vec<ExtentRecord>,
     startup_order: Vec<u32>,
+    startup_settings: Option<SettingsRecord>,
 }
 
 impl IndexWriter {
@@ -72,6 +73,12 @@ impl IndexWriter {
         self.startup_order.push(chunk);
     }
 
+    /// Says which read-ahead in KiB the start was recorded with.
+    pub fn startup_read_ahead_kb(&mut self, kib: u32) {
+        let kib = kib.min(layout::READ_AHEAD_MAX);
+        self.startup_settings = Some(SettingsRecord { read_ahead_kb: kib.into(), reserved: [0; 12] });
+    }
+
     /// The bytes of the index for a device of `device_bytes` with `file_system` on it (`ext4`, `raw`).
     ///
     /// # Errors
@@ -88,6 +95,9 @@ impl IndexWriter {
         if !order.is_empty() {
             sections.push((layout::KIND_STARTUP_EXTENTS, size_of::<ExtentRecord>(), self.startup_extents.as_bytes()));
             sections.push((layout::KIND_STARTUP_ORDER, size_of::<u32>(), order.as_bytes()));
+        }
+        if let Some(settings) = &self.startup_settings {
+            sections.push((layout::KIND_STARTUP_SETTINGS, size_of::<SettingsRecord>(), settings.as_bytes()));
         }
         let header_bytes = (size_of::<Header>() + sections.len() * size_of::<Section>()) as u32;
         let mut name = [0; 16];

@@ -3,14 +3,17 @@
 mod show;
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use firstread::build::{CacheSettings, Limits, Progress, Report, Request, Silent, Tree, build};
+use firstread::build::{
+    CacheSettings, Limits, OptimizeRequest, Progress, Report, Request, Silent, Tree, build, optimize,
+};
 use firstread::daemon::config::{self, BuildLimits, Config, Layer, Size};
 use firstread::oci::{Platform, Reference};
+use firstread::profile::{MAX_PROFILE_BYTES, Profile};
 
 /// Builds firstread images.
 #[derive(Parser)]
@@ -24,6 +27,45 @@ struct Cli {
 enum Verb {
     /// Pack a file system or an image, write the index, publish.
     Build(BuildArgs),
+    /// Add or replace an image's start-up pack; repack nothing else.
+    Optimize(OptimizeArgs),
+}
+
+#[derive(Args)]
+struct OptimizeArgs {
+    /// A firstread image: HOST/REPO[:TAG] or oci:DIR[:TAG].
+    #[arg(value_name = "REF")]
+    source: Reference,
+    /// HOST/REPO[:TAG] or oci:DIR[:TAG]; may be the same.
+    #[arg(value_name = "DEST")]
+    destination: Reference,
+    /// What a start reads, as `firstread profile` wrote it.
+    #[arg(long, value_name = "FILE")]
+    profile: PathBuf,
+    /// zstd level of the start-up pack.
+    #[arg(long, default_value_t = 19, value_parser = clap::value_parser!(i32).range(1..=22))]
+    level: i32,
+    /// The platform whose start it is; otherwise this machine's.
+    #[arg(long, value_name = "OS/ARCH")]
+    platform: Option<Platform>,
+    /// Directory of everything durable; its settings hold here as well.
+    #[arg(long, value_name = "DIR", hide = true)]
+    root: Option<PathBuf>,
+    /// Configuration file [default: /etc/firstread/config.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Directory for temporary files; they need about the size of what is hot twice.
+    #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/tmp")]
+    temp: PathBuf,
+    /// Speak http with all registries, not with those on loopback only.
+    #[arg(long)]
+    plain_http: bool,
+    /// Print the result as one JSON document.
+    #[arg(long)]
+    json: bool,
+    /// Show no progress.
+    #[arg(long)]
+    quiet: bool,
 }
 
 #[derive(Args)]
@@ -104,8 +146,11 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     // Wrong usage ends in clap, with exit code 2.
-    let Verb::Build(args) = Cli::parse().verb;
-    match run(args) {
+    let done = match Cli::parse().verb {
+        Verb::Build(args) => run(args),
+        Verb::Optimize(args) => run_optimize(args),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing can be done when stderr is gone.
@@ -169,19 +214,48 @@ fn run(args: BuildArgs) -> anyhow::Result<()> {
     request.cache = cache;
     request.limits = limits(&config.build.limit);
     request.access.plain_http = args.plain_http || config.plain_http;
-    let progress: Arc<dyn Progress> = if args.quiet {
+    let progress = shown(args.quiet);
+    let report = build(&request, &progress)?;
+    drop(progress);
+    print(&report, &request.destination, args.json, args.quiet)
+}
+
+fn run_optimize(args: OptimizeArgs) -> anyhow::Result<()> {
+    let flags = Layer { root: args.root, ..Layer::default() };
+    let config = config::load(flags, args.config.as_deref()).map_err(|problem| anyhow::anyhow!("{problem}"))?;
+    let mut request = OptimizeRequest::new(args.source, args.destination, profile(&args.profile)?);
+    request.level = args.level;
+    request.platform = args.platform.unwrap_or(request.platform);
+    request.temp = args.temp;
+    request.access.plain_http = args.plain_http || config.plain_http;
+    let progress = shown(args.quiet);
+    let report = optimize(&request, &progress)?;
+    drop(progress);
+    print(&report, &request.destination, args.json, args.quiet)
+}
+
+/// Reads a profile from a file.
+fn profile(path: &Path) -> anyhow::Result<Profile> {
+    let read = || -> anyhow::Result<Profile> {
+        let bytes = std::fs::metadata(path)?.len();
+        anyhow::ensure!(bytes <= MAX_PROFILE_BYTES, "it has {bytes} bytes, more than {MAX_PROFILE_BYTES}");
+        Ok(Profile::from_text(&std::fs::read_to_string(path)?)?)
+    };
+    read().map_err(|error| anyhow::anyhow!("the profile {}: {error}", path.display()))
+}
+
+/// Where progress is shown.
+fn shown(quiet: bool) -> Arc<dyn Progress> {
+    if quiet {
         Arc::new(Silent)
     } else if std::io::stderr().is_terminal() {
         Arc::new(show::Bar::new())
     } else {
         Arc::new(show::Lines::default())
-    };
-    let report = build(&request, &progress)?;
-    drop(progress);
-    print(&report, &request, args.json, args.quiet)
+    }
 }
 
-fn print(report: &Report, request: &Request, json: bool, quiet: bool) -> anyhow::Result<()> {
+fn print(report: &Report, destination: &Reference, json: bool, quiet: bool) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     if json {
         serde_json::to_writer(&mut out, report)?;
@@ -189,7 +263,7 @@ fn print(report: &Report, request: &Request, json: bool, quiet: bool) -> anyhow:
     } else if quiet {
         writeln!(out, "{}", report.digest)?;
     } else {
-        writeln!(out, "{}", show::table(report, request).trim_fmt())?;
+        writeln!(out, "{}", show::table(report, destination).trim_fmt())?;
     }
     Ok(())
 }

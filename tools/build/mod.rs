@@ -28,6 +28,7 @@ mod intake;
 mod layer;
 mod limits;
 mod metadata;
+mod optimize;
 mod pack;
 mod pipeline;
 mod progress;
@@ -54,6 +55,7 @@ use crate::source::{Access, Publish};
 
 pub use self::cache::CacheSettings;
 pub use self::limits::Limits;
+pub use self::optimize::{OptimizeRequest, StartupReport, optimize};
 pub use self::progress::{Event, Progress, Silent};
 
 /// What to build.
@@ -164,9 +166,38 @@ pub struct Report {
     pub cached_chunks: u64,
     /// Plain bytes of the chunks that were compressed.
     pub compressed_bytes: u64,
+    /// The start-up pack, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub startup: Option<StartupReport>,
 }
 
 impl Report {
+    /// Of nothing.
+    fn none() -> Self {
+        Self {
+            digest: Digest::of(&[]),
+            index_bytes: 0,
+            stored_bytes: 0,
+            new_bytes: 0,
+            reused_bytes: 0,
+            chunks: 0,
+            new_chunks: 0,
+            seconds: 0.0,
+            device_bytes: 0,
+            plain_bytes: 0,
+            inodes: 0,
+            verity: Vec::new(),
+            platforms: Vec::new(),
+            layers: 0,
+            cached_layers: 0,
+            read_bytes: 0,
+            inflated_bytes: 0,
+            cached_chunks: 0,
+            compressed_bytes: 0,
+            startup: None,
+        }
+    }
+
     fn add(&mut self, work: &Work) {
         self.layers += work.layers;
         self.cached_layers += work.cached_layers;
@@ -197,27 +228,7 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
     let destination = Destination::open(request, handle)?;
     let inputs = input::resolve(request, handle)?;
     let publish = if inputs.len() == 1 { Publish::Named } else { Publish::Listed };
-    let mut report = Report {
-        digest: Digest::of(&[]),
-        index_bytes: 0,
-        stored_bytes: 0,
-        new_bytes: 0,
-        reused_bytes: 0,
-        chunks: 0,
-        new_chunks: 0,
-        seconds: 0.0,
-        device_bytes: 0,
-        plain_bytes: 0,
-        inodes: 0,
-        verity: Vec::new(),
-        platforms: Vec::new(),
-        layers: 0,
-        cached_layers: 0,
-        read_bytes: 0,
-        inflated_bytes: 0,
-        cached_chunks: 0,
-        compressed_bytes: 0,
-    };
+    let mut report = Report::none();
     let mut manifests = Vec::new();
     for input in &inputs {
         let earlier: Vec<_> = request

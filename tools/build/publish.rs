@@ -1,7 +1,7 @@
 //! The OCI documents of the new image, and sending everything to the destination: blobs first, what names them last.
 
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
@@ -38,11 +38,11 @@ fn rfc3339(seconds: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
 }
 
-fn descriptor(media_type: &str, digest: &Digest, bytes: u64) -> Value {
+pub(super) fn descriptor(media_type: &str, digest: &Digest, bytes: u64) -> Value {
     json!({ "mediaType": media_type, "digest": digest.to_string(), "size": bytes })
 }
 
-fn layer(role: &str, digest: &Digest, bytes: u64, more: &[(&str, String)]) -> Value {
+pub(super) fn layer(role: &str, digest: &Digest, bytes: u64, more: &[(&str, String)]) -> Value {
     let mut layer = descriptor(media_type::LAYER_ZSTD, digest, bytes);
     let mut annotations = json!({
         annotation::ROLE: role,
@@ -161,24 +161,34 @@ impl Publisher<'_> {
 
     /// Sees to it that an earlier image's pack is at the destination.
     fn carry(&self, blob: &Blob, from: &Repository) -> Result<()> {
-        let destination = self.destination;
-        self.runtime.block_on(async {
-            if destination.exists(&blob.digest).await? || destination.mount_blob(&blob.digest, from).await? {
-                return Ok(());
-            }
-            self.progress.event(Event::Publish { digest: &blob.digest.to_string(), bytes: blob.bytes });
-            let file = unlinked(&self.request.temp)?;
-            let mut body = from.blob(&blob.digest, blob.bytes).await?;
-            let mut writer = std::io::BufWriter::new(&file);
-            let action = |error| Error::io("writing a pack (--temp or TMPDIR says where)", error);
-            while let Some(piece) = futures_util::StreamExt::next(&mut body).await {
-                std::io::Write::write_all(&mut writer, &piece?).map_err(action)?;
-            }
-            writer.into_inner().map_err(|error| action(error.into_error()))?;
-            let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-            destination.push_blob(&blob.digest, blob.bytes, &Content::File(path)).await
-        })
+        let temp = &self.request.temp;
+        self.runtime.block_on(carry(&blob.digest, blob.bytes, from, self.destination, temp, self.progress))
     }
+}
+
+/// Sees to it that a blob of `from` is at `to`: without moving its bytes where that is possible.
+pub(super) async fn carry(
+    digest: &Digest,
+    bytes: u64,
+    from: &Repository,
+    to: &Repository,
+    temp: &Path,
+    progress: &dyn Progress,
+) -> Result<()> {
+    if to.exists(digest).await? || to.mount_blob(digest, from).await? {
+        return Ok(());
+    }
+    progress.event(Event::Publish { digest: &digest.to_string(), bytes });
+    let file = unlinked(temp)?;
+    let mut body = from.blob(digest, bytes).await?;
+    let mut writer = std::io::BufWriter::new(&file);
+    let action = |error| Error::io("writing a pack (--temp or TMPDIR says where)", error);
+    while let Some(piece) = futures_util::StreamExt::next(&mut body).await {
+        std::io::Write::write_all(&mut writer, &piece?).map_err(action)?;
+    }
+    writer.into_inner().map_err(|error| action(error.into_error()))?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    to.push_blob(digest, bytes, &Content::File(path)).await
 }
 
 /// Pushes the index of a multi-platform image.

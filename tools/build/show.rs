@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Table, presets};
-use firstread::build::{Event, Progress, Report, Request};
+use firstread::build::{Event, Progress, Report};
+use firstread::oci::Reference;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 /// A bar on a terminal.
@@ -130,14 +131,14 @@ impl Progress for Lines {
 }
 
 /// The summary.
-pub fn table(report: &Report, request: &Request) -> Table {
+pub fn table(report: &Report, destination: &Reference) -> Table {
     let size = |bytes: u64| HumanBytes(bytes).to_string();
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     let mut row = |name: &str, value: String| {
         table.add_row([Cell::new(name), Cell::new(value).set_alignment(CellAlignment::Left)]);
     };
-    row("image", request.destination.to_string());
+    row("image", destination.to_string());
     row("digest", report.digest.to_string());
     row("platforms", report.platforms.join(", "));
     match report.inodes {
@@ -156,6 +157,13 @@ pub fn table(report: &Report, request: &Request) -> Table {
         format!("{}, {} new, {} reused", size(report.stored_bytes), size(report.new_bytes), size(report.reused_bytes)),
     );
     row("index", size(report.index_bytes));
+    if let Some(startup) = &report.startup {
+        let (stored, plain) = (size(startup.stored_bytes), size(startup.plain_bytes));
+        row("start-up pack", format!("{stored} for {plain} in {} chunks", startup.chunks));
+        if startup.lost_blocks > 0 {
+            row("not there", format!("{} of the profile", size(startup.lost_blocks * 4096)));
+        }
+    }
     if !report.verity.is_empty() {
         row("verity", report.verity.join(", "));
     }

@@ -14,6 +14,7 @@ use fuser::BackgroundSession;
 use tokio::runtime::Handle;
 
 use super::holders::{self, Holder};
+use super::read_ahead;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::sys::loop_ioctl;
@@ -45,7 +46,7 @@ pub struct LoopOptions {
 
 impl Default for LoopOptions {
     fn default() -> Self {
-        Self { io: LoopIo::Direct, block_size: 512, read_ahead_kb: 128, threads: 2 }
+        Self { io: LoopIo::Direct, block_size: 512, read_ahead_kb: read_ahead::READY_KB, threads: 2 }
     }
 }
 
@@ -73,7 +74,7 @@ pub fn attach(device: Arc<dyn Device>, options: LoopOptions, runtime: Handle) ->
     let name = format!("{PREFIX}{}", identity(std::process::id()).unwrap_or_default());
     let (path, held) = bind(&file, &name, options)?;
     let attachment = LoopAttachment { path, name, held: Some(held), session };
-    set_read_ahead(&attachment.path, options.read_ahead_kb)?;
+    read_ahead::set(&attachment.path, options.read_ahead_kb)?;
     Ok(attachment)
 }
 
@@ -97,12 +98,6 @@ fn bind(file: impl std::os::fd::AsFd, name: &str, options: LoopOptions) -> Resul
     Err(Error::io(format!("bind a loop device, {TRIES} times"), error))
 }
 
-fn set_read_ahead(path: &Path, kib: u32) -> Result<()> {
-    let name = path.file_name().unwrap_or_default();
-    let setting = Path::new("/sys/class/block").join(name).join("queue/read_ahead_kb");
-    fs::write(&setting, kib.to_string()).map_err(|error| Error::io(format!("write {}", setting.display()), error))
-}
-
 impl LoopAttachment {
     /// `/dev/loopN`.
     #[must_use]
@@ -118,14 +113,6 @@ impl LoopAttachment {
         let held = self.held.as_ref().ok_or_else(|| Error::Stopping(self.path.display().to_string()))?;
         let status = loop_ioctl::status(held);
         status.map(|status| status.io).map_err(|error| Error::io(format!("ask {}", self.path.display()), error))
-    }
-
-    /// Sets the device's read-ahead in KiB.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn set_read_ahead(&self, kib: u32) -> Result<()> {
-        set_read_ahead(&self.path, kib)
     }
 
     /// Who uses the device.

@@ -29,7 +29,7 @@ fn plausible(input: &[u8]) -> Vec<u8> {
         return index;
     }
     index[..12].copy_from_slice(b"FRSTRDIX\x01\0\0\0");
-    let sections = usize::from(index[28] % 6);
+    let sections = usize::from(index[28] % 7);
     index[28..32].copy_from_slice(&[sections as u8, 0, 0, 0]);
     index[12..16].copy_from_slice(&(64 + 64 * sections as u32).to_le_bytes());
     for number in 0..sections {
