@@ -12,7 +12,7 @@ use super::options::{AccessOptions, Context, absolute};
 use super::{Outcome, reference};
 use crate::daemon::client::Closer;
 use crate::daemon::config::Patience;
-use crate::daemon::control::{self, Call, Exported, Kind, Problem, Serve};
+use crate::daemon::control::{self, Call, Exported, Kind, Problem, Serve, TlsFiles};
 
 /// Arguments of the verb.
 #[derive(Debug, Args)]
@@ -22,6 +22,8 @@ pub struct Export {
     reference: String,
     #[command(flatten)]
     form: Form,
+    #[command(flatten)]
+    tls: TlsOptions,
     /// How long reads wait for unreachable sources: seconds, or `wait` for ever [default: the daemon's setting]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
@@ -41,10 +43,32 @@ struct Form {
     vhost_user: Option<PathBuf>,
 }
 
+/// What NBD clients are met with.
+#[derive(Debug, Args)]
+struct TlsOptions {
+    /// Demand TLS of NBD clients: the server's certificate with its chain, in PEM form
+    #[arg(long, value_name = "FILE", requires = "tls_key", conflicts_with = "vhost_user")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's key, in PEM form
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Serve only clients with a certificate that an authority in this file has signed
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_ca: Option<PathBuf>,
+}
+
+impl TlsOptions {
+    fn files(&self) -> Outcome<Option<TlsFiles>> {
+        let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else { return Ok(None) };
+        let clients = self.tls_ca.as_deref().map(absolute).transpose()?;
+        Ok(Some(TlsFiles { certificate: absolute(certificate)?, key: absolute(key)?, clients }))
+    }
+}
+
 impl Form {
-    fn serve(&self) -> Outcome<Serve> {
+    fn serve(&self, tls: &TlsOptions) -> Outcome<Serve> {
         match (&self.nbd, &self.vhost_user) {
-            (Some(text), None) => address(text).map(Serve::Nbd),
+            (Some(text), None) => Ok(Serve::Nbd { address: address(text)?, tls: tls.files()? }),
             (None, Some(path)) => absolute(path).map(Serve::VhostUser),
             _ => Err(Problem::new(Kind::Usage, "give one of --nbd and --vhost-user")),
         }
@@ -58,7 +82,7 @@ impl Export {
     /// What the daemon says; also a daemon that stops first.
     pub fn run(&self, context: &Context) -> Outcome {
         let reference = reference::image(&self.reference)?.to_string();
-        let serve = self.form.serve()?;
+        let serve = self.form.serve(&self.tls)?;
         let access = context.access(&self.access)?;
         let mut client = connect_or_start(context)?;
         let failed = |error: std::io::Error| Problem::new(Kind::Failed, format!("waiting for signals: {error}"));

@@ -275,10 +275,26 @@ pub struct Export {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Serve {
-    /// NBD at `unix:PATH` (absolute) or `tcp:HOST:PORT`.
-    Nbd(String),
+    /// NBD.
+    Nbd {
+        /// `unix:PATH` (absolute) or `tcp:HOST:PORT`.
+        address: String,
+        /// Demands TLS of clients.
+        tls: Option<TlsFiles>,
+    },
     /// vhost-user-blk at this socket; the path is absolute.
     VhostUser(PathBuf),
+}
+
+/// Files in PEM form; the paths are absolute.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsFiles {
+    /// The server's certificate and its chain.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// Authorities; clients need a certificate that one of them has signed.
+    pub clients: Option<PathBuf>,
 }
 
 /// The answer to [`Call::Hello`].

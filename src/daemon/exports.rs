@@ -9,7 +9,8 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::attach::nbd::{self, Export, Exports, NbdListener, NbdOptions};
+use super::control::TlsFiles;
+use crate::attach::nbd::{self, Export, Exports, NbdListener, NbdOptions, Tls};
 use crate::attach::vhost_user::{self, Access, Disk, VhostUserListener};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -30,9 +31,19 @@ impl Serving {
     /// Serves `device` over NBD at `address`: `unix:PATH` or `tcp:HOST:PORT`.
     ///
     /// # Errors
-    /// An address that is malformed or can't be bound.
-    pub async fn nbd(address: &str, description: String, device: Arc<dyn Device>) -> Result<Self> {
-        let (listener, uri) = bind(address).await?;
+    /// An address that is malformed or can't be bound, or certificates that can't be used.
+    pub async fn nbd(
+        address: &str,
+        tls: Option<&TlsFiles>,
+        description: String,
+        device: Arc<dyn Device>,
+    ) -> Result<Self> {
+        let tls = tls.map(|files| Tls::load(&files.certificate, &files.key, files.clients.as_deref())).transpose()?;
+        let (mut listener, mut uri) = bind(address).await?;
+        if let Some(tls) = tls {
+            listener = listener.with_tls(tls);
+            uri.replace_range(..3, "nbds");
+        }
         let mut exports = Exports::new();
         exports.add(Export { name: String::new(), description, device })?;
         Ok(Self::spawn(uri, |stop| nbd::serve(listener, exports, NbdOptions::default(), stop)))

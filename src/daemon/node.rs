@@ -221,7 +221,7 @@ impl Node {
         let device_bytes = device.size();
         let digest = image.manifest_digest.to_string();
         let serving = match &request.serve {
-            Serve::Nbd(address) => Serving::nbd(address, name.clone(), device).await?,
+            Serve::Nbd { address, tls } => Serving::nbd(address, tls.as_ref(), name.clone(), device).await?,
             Serve::VhostUser(path) => Serving::vhost_user(path, &digest, device)?,
         };
         tracing::info!("{name} is exported at {}", serving.uri);

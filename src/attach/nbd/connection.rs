@@ -8,8 +8,11 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, timeout_at};
 
 use super::listen::NbdStream;
+use super::negotiate::{Negotiated, Security, Session};
+use super::tls::{self, Tls};
 use super::{Exports, negotiate, serve};
 
 /// Bytes of a connection's stack; buffers are on the heap.
@@ -21,12 +24,26 @@ const STACK: usize = 512 << 10;
 /// scheduler, and a hit that has to wait for the disk holds up nobody else. Misses run where the server was started, since
 /// what they begin outlives the client.
 pub(super) struct Connection {
-    pub exports: Arc<Exports>,
-    pub handshake: Duration,
+    pub opening: Opening,
     /// Where misses run.
     pub misses: Handle,
     /// Changes when the server closes.
     pub closed: watch::Receiver<()>,
+}
+
+/// How a connection begins.
+pub(super) enum Opening {
+    /// The client chooses an export.
+    Handshake {
+        /// What there is.
+        exports: Arc<Exports>,
+        /// How long it may take.
+        time: Duration,
+        /// Demanded of it, where there is such.
+        tls: Option<Tls>,
+    },
+    /// With the transmission: everything was agreed on otherwise.
+    Agreed(Session),
 }
 
 impl Connection {
@@ -63,11 +80,39 @@ impl Connection {
         })
     }
 
-    async fn talk<S: AsyncRead + AsyncWrite + Unpin>(&self, mut stream: S) -> io::Result<()> {
-        let negotiated = tokio::time::timeout(self.handshake, negotiate::negotiate(&mut stream, &self.exports)).await;
-        match negotiated.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no export was chosen in time"))?? {
-            Some(session) => serve::transmit(stream, session, &self.misses).await,
-            None => Ok(()),
+    /// Talks to the client until one side leaves.
+    ///
+    /// # Errors
+    /// The connection broke, or the client does not follow the protocol.
+    pub async fn talk<S: AsyncRead + AsyncWrite + Unpin>(&self, mut stream: S) -> io::Result<()> {
+        let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no export was chosen in time");
+        let (exports, time, tls) = match &self.opening {
+            Opening::Agreed(session) => return serve::transmit(stream, session.clone(), &self.misses).await,
+            Opening::Handshake { exports, time, tls } => (exports, *time, tls),
+        };
+        let until = Instant::now() + time;
+        let security = if tls.is_some() { Security::Demanded } else { Security::Plain };
+        let plain = async {
+            let greeted = negotiate::greet(&mut stream).await?;
+            Ok::<_, io::Error>((greeted, negotiate::negotiate(&mut stream, exports, greeted, security).await?))
+        };
+        let (greeted, outcome) = timeout_at(until, plain).await.map_err(late)??;
+        let (Negotiated::StartTls, Some(tls)) = (&outcome, tls) else {
+            return self.transmit(stream, outcome).await;
+        };
+        let secured = async {
+            let mut stream = tls.acceptor.accept(stream).await.map_err(|error| tls::failed(&error))?;
+            let outcome = negotiate::negotiate(&mut stream, exports, greeted, Security::Tls).await?;
+            Ok::<_, io::Error>((stream, outcome))
+        };
+        let (stream, outcome) = timeout_at(until, secured).await.map_err(late)??;
+        self.transmit(stream, outcome).await
+    }
+
+    async fn transmit<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S, outcome: Negotiated) -> io::Result<()> {
+        match outcome {
+            Negotiated::Chosen(session) => serve::transmit(stream, session, &self.misses).await,
+            Negotiated::StartTls | Negotiated::Left => Ok(()),
         }
     }
 }

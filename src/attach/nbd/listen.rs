@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
+use super::tls::Tls;
 use crate::attach::socket::{self, SocketFile};
 use crate::error::{Error, Result};
 
@@ -19,6 +20,7 @@ const SEND_BUFFER: usize = 256 << 10;
 #[derive(Debug)]
 pub struct NbdListener {
     socket: Socket,
+    tls: Option<Tls>,
     _file: Option<SocketFile>,
 }
 
@@ -48,7 +50,7 @@ impl NbdListener {
         let (listener, file) = socket::listen(path)?;
         let failed = |source: io::Error| Error::io(format!("listen on {}", path.display()), source);
         let listener = UnixListener::from_std(listener).map_err(failed)?;
-        Ok(Self { socket: Socket::Unix(listener), _file: Some(file) })
+        Ok(Self { socket: Socket::Unix(listener), tls: None, _file: Some(file) })
     }
 
     /// Binds a TCP socket. Must be called within a tokio runtime.
@@ -59,7 +61,19 @@ impl NbdListener {
         let failed = |source: io::Error| Error::io(format!("listen on {address}"), source);
         let listener = std::net::TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { socket: Socket::Tcp(TcpListener::from_std(listener).map_err(failed)?), _file: None })
+        Ok(Self { socket: Socket::Tcp(TcpListener::from_std(listener).map_err(failed)?), tls: None, _file: None })
+    }
+
+    /// Demands TLS of every client.
+    #[must_use]
+    pub fn with_tls(mut self, tls: Tls) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
+    /// What is demanded of clients.
+    pub(super) fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
     }
 
     /// The TCP address, with the port that the system chose for port 0; `None` for a unix socket.

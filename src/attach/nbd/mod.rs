@@ -10,28 +10,36 @@
 //! replies, [`serve::MISSES_MAX`] misses of together [`serve::MISS_BYTES_MAX`] bytes, and 512 KiB of socket buffer in
 //! the kernel. [`NbdOptions::connections`] bounds the connections, [`NbdOptions::handshake`] the time without an export. A
 //! client that reads slowly stops its own connection only.
+//!
+//! With [`NbdListener::with_tls`] a client is told nothing before it has started TLS.
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use connection::Connection;
+use connection::{Connection, Opening};
 
 mod connection;
+#[cfg(feature = "nbd-device")]
+pub mod kernel;
 mod listen;
 mod negotiate;
 pub mod proto;
 pub mod serve;
 mod status;
+mod tls;
 
 pub use listen::{NbdListener, NbdStream};
+pub use tls::Tls;
 
 /// Smallest request in bytes.
 pub const BLOCK_MIN: u32 = 1;
@@ -108,6 +116,20 @@ impl Default for NbdOptions {
     }
 }
 
+/// Serves `exports` to one client over any stream, until the client leaves.
+///
+/// # Errors
+/// The connection broke, or the client does not follow the protocol.
+pub async fn serve_stream<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    exports: Exports,
+    options: NbdOptions,
+) -> io::Result<()> {
+    let (_open, closed) = watch::channel(());
+    let opening = Opening::Handshake { exports: Arc::new(exports), time: options.handshake, tls: None };
+    Connection { opening, misses: Handle::current(), closed }.talk(stream).await
+}
+
 /// Serves `exports` to everybody who connects, until `stop` completes; then all connections are closed and a unix
 /// socket's file is removed.
 ///
@@ -134,8 +156,11 @@ pub async fn serve(
                 Ok(stream) if connections.len() < options.connections => {
                     stream.tune();
                     let connection = Connection {
-                        exports: Arc::clone(&exports),
-                        handshake: options.handshake,
+                        opening: Opening::Handshake {
+                            exports: Arc::clone(&exports),
+                            time: options.handshake,
+                            tls: listener.tls(),
+                        },
                         misses: Handle::current(),
                         closed: closed.clone(),
                     };

@@ -71,14 +71,39 @@ pub struct Session {
     pub contexts: Vec<Context>,
 }
 
-/// Talks to a client until it has chosen an export; `None` when it left in an orderly way.
+/// How a connection is protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Security {
+    /// It is not, and the server has no TLS.
+    Plain,
+    /// Not yet: the client has to start TLS before anything else.
+    Demanded,
+    /// By TLS.
+    Tls,
+}
+
+/// How a handshake ended.
+#[derive(Debug)]
+pub enum Negotiated {
+    /// An export was chosen.
+    Chosen(Session),
+    /// The client starts TLS now, and then goes on with options.
+    StartTls,
+    /// The client left in an orderly way.
+    Left,
+}
+
+/// What outlasts the start of TLS.
+#[derive(Clone, Copy, Debug)]
+pub struct Greeted {
+    zeroes: Zeroes,
+}
+
+/// Greets a client.
 ///
 /// # Errors
 /// The connection broke, or the client does not follow the protocol.
-pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: &mut S,
-    exports: &Exports,
-) -> io::Result<Option<Session>> {
+pub async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> io::Result<Greeted> {
     let mut greeting = [0; 18];
     greeting[..8].copy_from_slice(&proto::NBD_MAGIC.to_be_bytes());
     greeting[8..16].copy_from_slice(&proto::OPTION_MAGIC.to_be_bytes());
@@ -90,12 +115,28 @@ pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
         return Err(malformed("unknown client flags"));
     }
     let zeroes = if flags & u32::from(proto::FLAG_NO_ZEROES) == 0 { Zeroes::Sent } else { Zeroes::Omitted };
-    let mut handshake = Handshake { exports, zeroes, replies: Replies::Simple, contexts: None, payload: Vec::new() };
+    Ok(Greeted { zeroes })
+}
+
+/// Talks to a client that was greeted until it has chosen an export, starts TLS, or leaves.
+///
+/// # Errors
+/// The connection broke, or the client does not follow the protocol.
+pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    exports: &Exports,
+    greeted: Greeted,
+    security: Security,
+) -> io::Result<Negotiated> {
+    let Greeted { zeroes } = greeted;
+    let mut handshake =
+        Handshake { exports, security, zeroes, replies: Replies::Simple, contexts: None, payload: Vec::new() };
     for _ in 0..OPTIONS_MAX {
         match handshake.option(stream).await? {
             Step::More => {}
-            Step::Chosen(session) => return Ok(Some(session)),
-            Step::Left => return Ok(None),
+            Step::Chosen(session) => return Ok(Negotiated::Chosen(session)),
+            Step::StartTls => return Ok(Negotiated::StartTls),
+            Step::Left => return Ok(Negotiated::Left),
         }
     }
     Err(malformed("too many options"))
@@ -108,10 +149,12 @@ fn malformed(what: &str) -> io::Error {
 enum Step {
     More,
     Chosen(Session),
+    StartTls,
     Left,
 }
 
 /// Whether 124 zero bytes end the reply to `NBD_OPT_EXPORT_NAME`.
+#[derive(Clone, Copy, Debug)]
 enum Zeroes {
     Sent,
     Omitted,
@@ -119,6 +162,7 @@ enum Zeroes {
 
 struct Handshake<'a> {
     exports: &'a Exports,
+    security: Security,
     zeroes: Zeroes,
     replies: Replies,
     /// The contexts of the last `NBD_OPT_SET_META_CONTEXT`, and the export they were asked for.
@@ -150,6 +194,11 @@ impl Handshake<'_> {
         self.payload.resize(wanted, 0);
         stream.read_exact(&mut self.payload).await?;
         match number {
+            option::STARTTLS => self.start_tls(stream).await,
+            option::EXPORT_NAME if self.security == Security::Demanded => Err(malformed("no TLS")),
+            _ if self.security == Security::Demanded && number != option::ABORT => {
+                refuse(stream, number, reply::ERR_TLS_REQD, "this server demands TLS").await
+            }
             option::EXPORT_NAME => self.export_name(stream).await,
             option::ABORT => {
                 // The client may be gone before it reads the answer.
@@ -170,8 +219,23 @@ impl Handshake<'_> {
                 Ok(Step::More)
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.contexts(stream, number).await,
-            option::STARTTLS => refuse(stream, number, reply::ERR_UNSUP, "this server does not offer TLS").await,
             _ => refuse(stream, number, reply::ERR_UNSUP, "unknown option").await,
+        }
+    }
+
+    async fn start_tls<S: AsyncWrite + Unpin>(&self, stream: &mut S) -> io::Result<Step> {
+        let number = option::STARTTLS;
+        match self.security {
+            Security::Plain => refuse(stream, number, reply::ERR_UNSUP, "this server does not offer TLS").await,
+            Security::Tls => refuse(stream, number, reply::ERR_INVALID, "TLS has been started").await,
+            Security::Demanded if !self.payload.is_empty() => {
+                refuse(stream, number, reply::ERR_INVALID, "STARTTLS has no payload").await
+            }
+            // Nothing that came before is kept, and what the client sends behind it without TLS is no handshake.
+            Security::Demanded => {
+                stream.write_all(&proto::option_reply(number, reply::ACK, &[])).await?;
+                Ok(Step::StartTls)
+            }
         }
     }
 

@@ -396,7 +396,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return self.push(reply).await;
         }
         self.flush().await?;
-        self.stream.write_all(reply).await
+        self.stream.write_all(reply).await?;
+        self.stream.flush().await
     }
 
     async fn block_status(&mut self, request: &Request) -> io::Result<()> {
@@ -465,6 +466,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn flush(&mut self) -> io::Result<()> {
         if self.filled > self.start {
             self.stream.write_all(&self.output[self.start..self.filled]).await?;
+            // TLS keeps what a full socket did not take.
+            self.stream.flush().await?;
             self.filled = self.start;
         }
         Ok(())

@@ -18,12 +18,13 @@ use super::memory::{REGIONS_MAX, Regions};
 use super::ring::{Common, Places, Ring};
 
 /// What a front-end has set up. Dropping it stops the queues.
-#[derive(Debug)]
 pub struct Session {
     rings: Vec<Ring>,
     regions: Regions,
     common: Common,
-    acked: u64,
+    /// The front-end's channel for messages of a back-end. There are none, but it must stay open; and User Mode Linux
+    /// has an interrupt for its queues only with a back-end that takes it.
+    channel: Option<Backend>,
 }
 
 impl Session {
@@ -32,7 +33,7 @@ impl Session {
     pub fn new(disk: Disk, runtime: Handle) -> Self {
         let regions = Regions::default();
         let common = Common { disk, memory: regions.shared(), runtime, area: None, event_idx: false };
-        Self { rings: (0..QUEUES).map(|_| Ring::default()).collect(), regions, common, acked: 0 }
+        Self { rings: (0..QUEUES).map(|_| Ring::default()).collect(), regions, common, channel: None }
     }
 
     fn ring(&mut self, index: u32) -> Result<(&mut Ring, &Common, u16)> {
@@ -46,7 +47,6 @@ impl Session {
             ring.end();
             *ring = Ring::default();
         }
-        self.acked = 0;
     }
 }
 
@@ -94,7 +94,6 @@ impl VhostUserBackendReqHandlerMut for Session {
         if features & !self.get_features()? != 0 {
             return Err(Error::InvalidParam);
         }
-        self.acked = features;
         self.common.event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             // Such a front-end has no message to enable queues.
@@ -111,6 +110,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -221,7 +221,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(())
     }
 
-    fn set_backend_req_fd(&mut self, _backend: Backend) {}
+    fn set_backend_req_fd(&mut self, backend: Backend) {
+        self.channel = Some(backend);
+    }
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
         Err(unsupported())

@@ -1,0 +1,184 @@
+#!/usr/bin/env bash
+# Virtual machines start from an image in a registry, over vhost-user-blk and before it is downloaded: QEMU with Debian's own
+# kernel, whose daemon is killed on the way, and User Mode Linux. What each fetched until it was ready is printed.
+set -euo pipefail
+# shellcheck source=../scripts/lib.sh
+. "$(dirname "$(readlink -f "$0")")/../scripts/lib.sh"
+
+need_root
+need_tools docker-registry skopeo qemu-system-x86_64 cpio xz jq sha256sum
+FIRSTREAD=${FIRSTREAD:-$TARGET/debug/firstread}
+[ -x "$FIRSTREAD" ] || die "$FIRSTREAD is missing: cargo build"
+begin microvm
+CACHE=${FIRSTREAD_CACHE:-/var/cache/firstread-test}
+
+# --- Debian's kernel and busybox, as packages: nothing of them is installed ------------------------------------------
+
+# debian_kernel: sets $KERNEL to a directory with vmlinuz, virtio_blk.ko and busybox.
+debian_kernel() {
+    local meta=linux-image-6.12-cloud-amd64 package dir deb
+    apt-cache show "$meta" >/dev/null 2>&1 || meta="linux-image-cloud-amd64"
+    package=$(apt-cache depends "$meta" | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p' | head -n 1)
+    [ -n "$package" ] || die "no kernel package is known: apt-get update"
+    KERNEL=$CACHE/$package
+    [ ! -e "$KERNEL/vmlinuz" ] || return 0
+    dir=$(mktemp -d "$WORK/kernel-XXXXXX")
+    chmod 777 "$dir"
+    (cd "$dir" && apt-get -qq download "$package" busybox-static) >"$LOGS/apt.log" 2>&1 || die "apt-get download: $(tail -n 1 "$LOGS/apt.log")"
+    for deb in "$dir"/*.deb; do dpkg -x "$deb" "$dir/root"; done
+    mkdir "$dir/out"
+    cp "$dir"/root/boot/vmlinuz-* "$dir/out/vmlinuz"
+    cp "$dir/root/bin/busybox" "$dir/out/busybox"
+    find "$dir/root/lib/modules" -name 'virtio_blk.ko.xz' -exec xz -dc {} \; >"$dir/out/virtio_blk.ko"
+    [ -s "$dir/out/virtio_blk.ko" ] || find "$dir/root/lib/modules" -name 'virtio_blk.ko' -exec cp {} "$dir/out/virtio_blk.ko" \;
+    [ -s "$dir/out/virtio_blk.ko" ] || die "$package has no virtio_blk"
+    mkdir -p "$CACHE"
+    rm -rf "$KERNEL"
+    mv "$dir/out" "$KERNEL"
+}
+
+# The initramfs mounts the disk read-only with a tmpfs over it, as a VM without a writable disk does, and hands over.
+make_initramfs() { # the command that the machine runs in the image
+    local dir=$WORK/initramfs
+    rm -rf "$dir"
+    mkdir -p "$dir/bin" "$dir/lower" "$dir/proc" "$dir/sys" "$dir/dev"
+    cp "$KERNEL/busybox" "$dir/bin/busybox"
+    cp "$KERNEL/virtio_blk.ko" "$dir/"
+    {
+        cat <<'INIT'
+#!/bin/busybox sh
+busybox=/bin/busybox
+$busybox mount -t devtmpfs dev /dev
+$busybox mount -t proc proc /proc
+$busybox mount -t sysfs sys /sys
+$busybox insmod /virtio_blk.ko
+while ! [ -b /dev/vda ]; do $busybox sleep 0.1; done
+echo "disk serial $($busybox cat /sys/block/vda/serial) ro $($busybox cat /sys/block/vda/ro) queues $($busybox ls /sys/block/vda/mq | $busybox wc -l)"
+$busybox mount -t ext4 -o ro,noload /dev/vda /lower
+$busybox ifconfig lo 127.0.0.1 up
+for dir in tmp run; do $busybox mount -t tmpfs tmpfs /lower/$dir; done
+$busybox mount --move /proc /lower/proc
+$busybox mount --move /sys /lower/sys
+$busybox mount --move /dev /lower/dev
+INIT
+        printf 'exec %s chroot /lower /bin/sh -c %q\n' '$busybox' "$1"
+    } >"$dir/init"
+    chmod 755 "$dir/init"
+    (cd "$dir" && find . | cpio --quiet -o -H newc) >"$WORK/initramfs.cpio"
+}
+
+# --- the image -----------------------------------------------------------------------------------------------------
+
+debian_kernel
+image=$("$REPO/scripts/image" demo)
+start_registry
+push_layout "$image/layout" demo:latest
+use_node one
+fr build "$REGISTRY/demo:latest" "$REGISTRY/demo:packed" --quiet --json >"$WORK/build.json"
+stored=$(jq .stored_bytes "$WORK/build.json")
+drop_node
+
+# start_export SOCKET: the image for VMMs, from this node; $EXPORT is its process.
+start_export() {
+    setsid "$FIRSTREAD" --root "$FR_DIR/root" --run "$FR_DIR/run" export "$REGISTRY/demo:packed" --vhost-user "$1" \
+        >>"$LOGS/export.log" 2>&1 &
+    EXPORT=$!
+    defer stop_pid "$EXPORT"
+    wait_for 20 test -S "$1" || die "the export did not start: $(tail -n 3 "$LOGS/export.log")"
+}
+# What the registry has sent of blobs so far, in bytes.
+sent() { sed -n 's/.*method=GET.*\/blobs\/.*http.response.written=\([0-9]*\).*/\1/p' "$REGISTRY_LOG" | awk '{sum += $1} END {print sum + 0}'; }
+# Waits until a machine's console has a line that begins so. Lines of the console end with CR LF.
+console() { # SECONDS PATTERN LOG PID
+    local end=$((SECONDS + $1))
+    until grep -aq "^$2" "$3"; do
+        alive "$4" || { tail -n 15 "$3" >&2; die "the machine ended before '$2'"; }
+        [ "$SECONDS" -lt "$end" ] || { tail -n 15 "$3" >&2; die "no '$2' within $1 s"; }
+        sleep 0.1
+    done
+}
+
+# --- QEMU ----------------------------------------------------------------------------------------------------------
+
+# The service answers a request of its own, reads files while the server is killed, and proves what it read.
+cat >"$WORK/service.py" <<'PY'
+import hashlib, http.server, os, threading, urllib.request
+server = http.server.HTTPServer(("127.0.0.1", 8000), http.server.SimpleHTTPRequestHandler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+passwd = urllib.request.urlopen("http://127.0.0.1:8000/etc/passwd").read()
+assert passwd.startswith(b"root:"), passwd
+print("ready http", len(passwd), flush=True)
+total, files = hashlib.sha256(), 0
+for base in ["/usr/lib/python3", "/usr/local/lib", "/usr/share"]:
+    for root, dirs, names in os.walk(base):
+        dirs.sort()
+        for name in sorted(names):
+            path = os.path.join(root, name)
+            if os.path.isfile(path) and not os.path.islink(path) and os.path.getsize(path) < 300000 and files < 1500:
+                total.update(open(path, "rb").read())
+                files += 1
+                if files % 100 == 0:
+                    print("reading", files, flush=True)
+print("sum", total.hexdigest(), files, flush=True)
+PY
+code=$(base64 -w0 "$WORK/service.py")
+# The same in a chroot here: what is right.
+expected=$(chroot "$image/tree" /usr/bin/python3 -c "import base64; exec(base64.b64decode('$code'))" | sed -n 's/^sum //p')
+[ "${#expected}" -gt 60 ] || die "the service does not run here"
+
+use_node qemu
+make_initramfs "cd / && python3 -c \"import base64; exec(base64.b64decode('$code'))\"; sleep 1000"
+start_export "$WORK/disk.sock"
+before=$(sent) start=$(now)
+setsid qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 -nographic -nodefaults -serial stdio -no-reboot \
+    -object memory-backend-memfd,id=mem,size=1024M,share=on -numa node,memdev=mem \
+    -chardev "socket,id=disk,path=$WORK/disk.sock,reconnect=1" -device vhost-user-blk-pci,chardev=disk,num-queues=2 \
+    -kernel "$KERNEL/vmlinuz" -initrd "$WORK/initramfs.cpio" \
+    -append "console=ttyS0 panic=-1 quiet no_timer_check mitigations=off nokaslr no5lvl tsc=reliable rdinit=/init" \
+    </dev/null >"$LOGS/qemu.log" 2>&1 &
+qemu=$!
+defer stop_pid "$qemu"
+console 240 'ready http' "$LOGS/qemu.log" "$qemu"
+echo "QEMU: a service of the image is ready $(since "$start") s after the machine's start; $(mb $(($(sent) - before))) of $(mb "$stored") MB fetched"
+grep -aq "disk serial $(fr inspect "$REGISTRY/demo:packed" --json | jq -r '.digest[7:27]') ro 1 queues 2" "$LOGS/qemu.log" ||
+    die "the disk is not what was exported: $(grep -a disk "$LOGS/qemu.log")"
+
+# The server dies with everything that it knew; QEMU keeps what was in flight for the next one.
+console 120 'reading 100' "$LOGS/qemu.log" "$qemu"
+for kill in 1 2 3; do
+    kill -KILL "$(daemon_pid)"
+    wait "$EXPORT" || true
+    start_export "$WORK/disk.sock"
+    console 120 "reading ${kill}00" "$LOGS/qemu.log" "$qemu"
+    sleep 1
+done
+console 240 'sum' "$LOGS/qemu.log" "$qemu"
+found=$(tr -d '\r' <"$LOGS/qemu.log" | sed -n 's/^sum //p')
+[ "$found" = "$expected" ] || die "the machine read $found, not $expected"
+! grep -aE 'I/O error|EXT4-fs error|blk_update_request' "$LOGS/qemu.log" >&2 || die "the machine saw errors"
+echo "QEMU: the daemon was killed 3 times while the service read ${expected#* } files: no error, right data"
+stop_pid "$qemu"
+stop_pid "$EXPORT"
+drop_node
+
+# --- User Mode Linux -----------------------------------------------------------------------------------------------
+
+linux=$("$REPO/scripts/vm" kernel)
+use_node uml
+start_export "$WORK/back.sock"
+setsid /usr/bin/python3 "$REPO/tests/vhost_user_trim.py" "$WORK/uml.sock" "$WORK/back.sock" >"$LOGS/trim.log" 2>&1 &
+trim=$!
+defer stop_pid "$trim"
+wait_for 20 test -S "$WORK/uml.sock" || die "the proxy did not start: $(tail -n 3 "$LOGS/trim.log")"
+before=$(sent) start=$(now)
+mkdir "$WORK/uml"
+# The image is the root file system; the application is its first program.
+TMPDIR=/dev/shm setsid "$linux" mem=1G "virtio_uml.device=$WORK/uml.sock:2" root=/dev/vda rootfstype=ext4 ro rootwait \
+    "uml_dir=$WORK/uml/" con=null con0=fd:0,fd:1 quiet panic=-1 init=/bin/sh -- \
+    -c '"mount -t tmpfs tmpfs /tmp; export PATH=/usr/bin:/bin; PYTHONDONTWRITEBYTECODE=1 python3 /app/main.py; sleep 1000"' </dev/null >"$LOGS/uml.log" 2>&1 &
+uml=$!
+defer stop_pid "$uml"
+console 240 'ready numpy' "$LOGS/uml.log" "$uml"
+echo "UML: the application is ready $(since "$start") s after the machine's start; $(mb $(($(sent) - before))) of $(mb "$stored") MB fetched"
+kill -KILL -- "-$uml" 2>/dev/null || true
+wait "$uml" 2>/dev/null || true
