@@ -12,5 +12,7 @@ pub mod nbd;
 pub mod read_ahead;
 #[cfg(any(feature = "nbd", feature = "vhost-user"))]
 mod socket;
+#[cfg(feature = "ublk")]
+pub mod ublk;
 #[cfg(feature = "vhost-user")]
 pub mod vhost_user;

@@ -7,7 +7,7 @@ use clap::Args;
 use super::Outcome;
 use super::connect::connect;
 use super::options::{Context, absolute};
-use crate::daemon::control::{Call, DeviceInfo, Kind, Problem};
+use crate::daemon::control::{Call, DeviceInfo, InUse, Kind, Problem};
 
 /// Arguments of the verb.
 #[derive(Debug, Args)]
@@ -18,6 +18,9 @@ pub struct Detach {
     /// Detach every device that is not in use
     #[arg(long)]
     all: bool,
+    /// Also when it is in use: whoever uses it gets errors
+    #[arg(long)]
+    force: bool,
 }
 
 impl Detach {
@@ -27,12 +30,13 @@ impl Detach {
     /// A device that is not there or in use; with `--all` the free ones are detached all the same.
     pub fn run(&self, context: &Context) -> Outcome {
         let client = connect(context)?;
+        let in_use = if self.force { InUse::Abandon } else { InUse::Refuse };
         let Some(target) = &self.target else {
             let mut detached: Vec<DeviceInfo> = Vec::new();
             let mut failed: Vec<Problem> = Vec::new();
             if let Some(mut client) = client {
                 for device in client.call::<Vec<DeviceInfo>>(Call::List)? {
-                    match client.call(Call::Detach { target: device.id }) {
+                    match client.call(Call::Detach { target: device.id, in_use }) {
                         Ok(device) => detached.push(device),
                         // Somebody else was faster.
                         Err(problem) if problem.kind == Kind::NotFound => {}
@@ -45,7 +49,7 @@ impl Detach {
         };
         let target = target_of(target)?;
         let mut client = client.ok_or_else(|| not_running(&target))?;
-        let device: DeviceInfo = client.call(Call::Detach { target })?;
+        let device: DeviceInfo = client.call(Call::Detach { target, in_use })?;
         context.output.answer(&device, |_| String::new())
     }
 }

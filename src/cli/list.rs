@@ -33,6 +33,7 @@ fn row(device: &DeviceInfo) -> [String; 5] {
     let transport = match device.state {
         State::Attached => device.transport.clone(),
         State::Lost => format!("{} (lost)", device.transport),
+        State::Recovering => format!("{} (recovering)", device.transport),
     };
     let mountpoint = device.mountpoint.as_ref().map_or_else(|| "-".to_owned(), |dir| dir.display().to_string());
     [device.id.clone(), device.device.display().to_string(), transport, mountpoint, device.image.clone()]

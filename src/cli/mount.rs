@@ -11,7 +11,7 @@ use super::Outcome;
 use super::attach::{AttachOptions, request};
 use super::connect::connect;
 use super::options::{Context, absolute};
-use crate::daemon::control::{Attached, Call, DeviceInfo, Kind, Lifetime, Problem, State};
+use crate::daemon::control::{Attached, Call, DeviceInfo, InUse, Kind, Lifetime, Problem, State};
 use crate::daemon::{attachment::is_stale, mounts};
 
 /// What an ext4 image is mounted with: no journal to load, and as many inode table blocks ahead as the daemon says (in
@@ -128,7 +128,7 @@ impl Umount {
             unmount(&dir)?;
         }
         if let (Some(client), Some(device)) = (&mut client, &device) {
-            match client.call::<DeviceInfo>(Call::Detach { target: device.id.clone() }) {
+            match client.call::<DeviceInfo>(Call::Detach { target: device.id.clone(), in_use: InUse::Refuse }) {
                 Ok(_) => {}
                 // It was lost, and unmounting it was all that kept it.
                 Err(problem) if problem.kind == Kind::NotFound && device.state == State::Lost => {}

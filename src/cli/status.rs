@@ -95,6 +95,7 @@ fn details(status: &Numbers) -> String {
     let state = match status.state {
         State::Attached => "attached",
         State::Lost => "lost: its server died; unmount or detach it",
+        State::Recovering => "recovering: its readers wait; the daemon's log says for what",
     };
     let mut rows = vec![
         ("id", status.id.clone()),

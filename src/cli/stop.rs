@@ -29,7 +29,7 @@ impl Stop {
     pub fn run(&self, context: &Context) -> Outcome {
         let in_use = if self.force { InUse::Abandon } else { InUse::Refuse };
         let Some(mut client) = connect(context)? else {
-            let nothing = Stopped { detached: Vec::new(), in_use: Vec::new(), stopping: false };
+            let nothing = Stopped { detached: Vec::new(), left: Vec::new(), in_use: Vec::new(), stopping: false };
             context.output.remark("no daemon runs");
             return context.output.answer(&nothing, |_| String::new());
         };

@@ -5,47 +5,135 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
-use super::control::DeviceInfo;
-use crate::attach::holders::describe;
-use crate::attach::loop_device::{self, LoopAttachment, LoopOptions, Stale};
+use super::config::Config;
+use super::control::{DeviceInfo, InUse};
+use crate::attach::holders::{Holder, describe};
+use crate::attach::loop_device::{self, LoopAttachment, LoopOptions};
+use crate::attach::ublk::{self, Mark, Recovered, UblkAttachment, UblkServer, Users};
 use crate::device::Device;
 use crate::error::{Error, Result};
 
 /// How a kernel sees a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
+    /// ublk.
+    Ublk,
     /// A FUSE file under a loop device.
     Loop,
 }
 
 impl Transport {
+    /// All that this build has, best first.
+    const ALL: [Self; 2] = [Self::Ublk, Self::Loop];
+
     /// Its name on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Ublk => "ublk",
             Self::Loop => "loop",
         }
     }
+
+    /// The transport with this name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|transport| transport.name() == name)
+    }
+
+    /// Whether its devices outlive their server, and are taken over by the next one.
+    #[must_use]
+    pub fn recovers(self) -> bool {
+        match self {
+            Self::Ublk => true,
+            Self::Loop => false,
+        }
+    }
+}
+
+/// What the transports of a node share.
+pub struct Transports {
+    runtime: Handle,
+    ublk: Arc<UblkServer>,
+}
+
+impl Transports {
+    /// The transports of a node with these settings; misses run on `runtime`.
+    #[must_use]
+    pub fn new(config: &Config, runtime: Handle) -> Self {
+        let ublk = UblkServer::new(config.ublk, mark(&config.root), runtime.clone());
+        Self { runtime, ublk }
+    }
+}
+
+/// What tells this node's devices from others: it is the only one with its root directory.
+fn mark(root: &Path) -> Mark {
+    let root = root.canonicalize().unwrap_or_else(|_| root.to_owned());
+    Mark::of(root.as_os_str().as_encoded_bytes())
 }
 
 /// A device that a kernel sees.
 #[derive(Debug)]
 pub enum Attachment {
+    /// Through [`Transport::Ublk`].
+    Ublk(UblkAttachment),
     /// Through [`Transport::Loop`].
     Loop(LoopAttachment),
 }
 
 impl Attachment {
-    /// Attaches `device` with a read-ahead; its misses run on `runtime`. Blocks.
+    /// Attaches `device` with a read-ahead through the first of the candidates that can; the reasons why others could not are added to those of
+    /// the choice. Blocks.
     ///
     /// # Errors
-    /// What the transport says.
-    pub fn attach(transport: Transport, device: Arc<dyn Device>, read_ahead_kb: u32, runtime: Handle) -> Result<Self> {
-        match transport {
-            Transport::Loop => {
-                let options = LoopOptions { read_ahead_kb, ..LoopOptions::default() };
-                loop_device::attach(device, options, runtime).map(Self::Loop)
+    /// What the only candidate says, or [`Error::Unsupported`] with what all of them say.
+    pub fn attach(
+        choice: &mut Choice,
+        device: &Arc<dyn Device>,
+        read_ahead_kb: u32,
+        transports: &Transports,
+    ) -> Result<Self> {
+        for transport in &choice.candidates {
+            let device = Arc::clone(device);
+            let attached = match transport {
+                Transport::Ublk => ublk::attach(&transports.ublk, device, read_ahead_kb).map(Self::Ublk),
+                Transport::Loop => {
+                    let options = LoopOptions { read_ahead_kb, ..LoopOptions::default() };
+                    loop_device::attach(device, options, transports.runtime.clone()).map(Self::Loop)
+                }
+            };
+            match attached {
+                Ok(attachment) => return Ok(attachment),
+                Err(error) if choice.candidates.len() == 1 && choice.passed_over.is_empty() => return Err(error),
+                Err(error) => {
+                    tracing::warn!("transport {}: {error}", transport.name());
+                    choice.passed_over.push(format!("{}: {error}", transport.name()));
+                }
             }
+        }
+        Err(impossible(&choice.passed_over))
+    }
+
+    /// Takes over a device of an earlier process; `None` when it is there no more. Blocks.
+    ///
+    /// # Errors
+    /// What the transport says; it may be tried again.
+    pub fn recover(info: &DeviceInfo, device: Arc<dyn Device>, transports: &Transports) -> Result<Option<Self>> {
+        match (Transport::named(&info.transport), ublk::number_of(&info.device)) {
+            (Some(Transport::Ublk), Some(number)) => match ublk::recover(&transports.ublk, number, device)? {
+                Recovered::Attached(attachment) => Ok(Some(Self::Ublk(attachment))),
+                Recovered::Gone => Ok(None),
+            },
+            _ => Ok(None),
+        }
+    }
+
+    /// Its transport.
+    #[must_use]
+    pub fn transport(&self) -> Transport {
+        match self {
+            Self::Ublk(_) => Transport::Ublk,
+            Self::Loop(_) => Transport::Loop,
         }
     }
 
@@ -53,20 +141,44 @@ impl Attachment {
     #[must_use]
     pub fn path(&self) -> &Path {
         match self {
+            Self::Ublk(attachment) => attachment.device_path(),
             Self::Loop(attachment) => attachment.device_path(),
         }
     }
 
     /// Takes the device from the kernel. Blocks, for seconds when somebody looks at the device just now. After success
-    /// only dropping is left; after an error everything is as before.
+    /// only dropping is left; after [`Error::Busy`] everything is as before.
     ///
     /// # Errors
-    /// [`Error::Busy`] that names who uses it.
-    pub fn detach(&mut self) -> Result<()> {
-        match self {
-            Self::Loop(attachment) => attachment.detach(),
+    /// [`Error::Busy`] that names who uses it, unless they are to be abandoned.
+    pub fn detach(&mut self, in_use: InUse) -> Result<()> {
+        match (self, in_use) {
+            (Self::Ublk(attachment), InUse::Refuse) => attachment.detach(Users::Respect),
+            (Self::Ublk(attachment), InUse::Abandon) => attachment.detach(Users::Fail),
+            (Self::Loop(attachment), InUse::Refuse) => attachment.detach(),
+            (Self::Loop(attachment), InUse::Abandon) => {
+                attachment.fail();
+                Ok(())
+            }
         }
     }
+}
+
+/// Removes what a process of this node that was killed left half made: ublk devices that no record knows. Blocks.
+///
+/// # Errors
+/// What the system says.
+pub fn remove_unknown(config: &Config, known: &[&Path]) -> Result<()> {
+    if ublk::obstacle().is_some() {
+        return Ok(());
+    }
+    let mark = mark(&config.root);
+    let known: Vec<u32> = known.iter().filter_map(|path| ublk::number_of(path)).collect();
+    for number in ublk::all_of(mark)?.into_iter().filter(|number| !known.contains(number)) {
+        tracing::warn!("the ublk device {number} was left half made by an earlier daemon and is removed");
+        ublk::remove_abandoned(number, mark)?;
+    }
+    Ok(())
 }
 
 /// Whether the block device at `path` is one of firstread's whose server died.
@@ -78,59 +190,72 @@ pub fn is_stale(path: &Path) -> bool {
 /// Whether somebody holds a device whose server died. A lost device is free by itself when they leave.
 #[must_use]
 pub fn is_held(lost: &DeviceInfo) -> bool {
-    holders_of(lost).is_some()
+    !holders_of(lost).is_empty()
 }
 
-/// Makes sure that nobody holds a device whose server died.
+/// Makes sure that nobody holds a device whose server died, and that it is gone.
 ///
 /// # Errors
-/// [`Error::Busy`] that names who does.
-pub fn release_lost(lost: &DeviceInfo) -> Result<()> {
-    match holders_of(lost) {
-        None => Ok(()),
-        Some(stale) => Err(Error::Busy(format!(
-            "{} lost its server and is still in use: {}",
-            lost.device.display(),
-            describe(&stale.holders)
-        ))),
+/// [`Error::Busy`] that names who does, unless they are to be abandoned; or what the system says.
+pub fn release_lost(lost: &DeviceInfo, in_use: InUse, config: &Config) -> Result<()> {
+    let holders = holders_of(lost);
+    if in_use == InUse::Refuse && !holders.is_empty() {
+        let (device, by) = (lost.device.display(), describe(&holders));
+        return Err(Error::Busy(format!("{device} lost its server and is still in use: {by}")));
+    }
+    match ublk::number_of(&lost.device) {
+        Some(number) if lost.transport == Transport::Ublk.name() => ublk::remove_abandoned(number, mark(&config.root)),
+        _ => Ok(()),
     }
 }
 
-fn holders_of(lost: &DeviceInfo) -> Option<Stale> {
-    loop_device::stale().into_iter().find(|stale| stale.path == lost.device)
+fn holders_of(lost: &DeviceInfo) -> Vec<Holder> {
+    match ublk::number_of(&lost.device) {
+        Some(number) => ublk::users_of(number),
+        None => {
+            let stale = loop_device::stale().into_iter().find(|stale| stale.path == lost.device);
+            stale.map(|stale| stale.holders).unwrap_or_default()
+        }
+    }
 }
 
-/// A transport, and why the better ones were not taken.
+/// The transports that may be tried, and why others may not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// What to use.
-    pub transport: Transport,
-    /// A reason for each transport before it.
+    /// What to try, best first; at least one.
+    pub candidates: Vec<Transport>,
+    /// A reason for each transport that is out of the question.
     pub passed_over: Vec<String>,
 }
 
-/// Finds the transport for `wanted`: `auto` or a name.
+/// Finds the transports for `wanted`: `auto` or a name.
 ///
 /// # Errors
 /// [`Error::Unsupported`] when the one that was asked for, or every one, is not possible; [`Error::Invalid`] for a name
 /// that is none.
 pub fn choose(wanted: &str) -> Result<Choice> {
-    choose_on(wanted, Path::new("/dev"))
+    choose_from(
+        wanted,
+        [("ublk", ublk::obstacle()), ("nbd", nbd(Path::new("/dev"))), ("loop", loop_device(Path::new("/dev")))],
+    )
 }
 
-fn choose_on(wanted: &str, dev: &Path) -> Result<Choice> {
-    let mut passed_over = Vec::new();
-    for (name, obstacle) in [("ublk", ublk(dev)), ("nbd", nbd(dev)), ("loop", loop_device(dev))] {
+fn choose_from(wanted: &str, obstacles: [(&str, Option<String>); 3]) -> Result<Choice> {
+    let (mut candidates, mut passed_over) = (Vec::new(), Vec::new());
+    for (name, obstacle) in obstacles {
         if wanted != "auto" && wanted != name {
             continue;
         }
-        match obstacle {
-            None => return Ok(Choice { transport: Transport::Loop, passed_over }),
-            Some(reason) => passed_over.push(format!("{name}: {reason}")),
+        match (obstacle, Transport::named(name)) {
+            (None, Some(transport)) => candidates.push(transport),
+            (obstacle, _) => passed_over.push(format!("{name}: {}", obstacle.unwrap_or_default())),
         }
     }
+    if !candidates.is_empty() {
+        return Ok(Choice { candidates, passed_over });
+    }
     match wanted {
-        "auto" => Err(Error::Unsupported(format!("no transport is possible here ({})", passed_over.join("; ")))),
+        "auto" => Err(impossible(&passed_over)),
         _ => match passed_over.pop() {
             Some(reason) => Err(Error::Unsupported(format!("transport {reason}"))),
             None => Err(Error::invalid("transport", format!("{wanted:?} is none of auto, ublk, nbd, loop"))),
@@ -138,11 +263,8 @@ fn choose_on(wanted: &str, dev: &Path) -> Result<Choice> {
     }
 }
 
-fn ublk(dev: &Path) -> Option<String> {
-    Some(match dev.join("ublk-control").exists() {
-        true => "the kernel offers it, this build has no server for it".to_owned(),
-        false => "neither this build nor the kernel has it (no /dev/ublk-control)".to_owned(),
-    })
+fn impossible(reasons: &[String]) -> Error {
+    Error::Unsupported(format!("no transport is possible here ({})", reasons.join("; ")))
 }
 
 fn nbd(dev: &Path) -> Option<String> {
@@ -168,21 +290,27 @@ mod tests {
 
     use super::*;
 
+    fn obstacles(ublk: Option<&str>, dev: &Path) -> [(&'static str, Option<String>); 3] {
+        [("ublk", ublk.map(str::to_owned)), ("nbd", nbd(dev)), ("loop", loop_device(dev))]
+    }
+
     #[test]
     fn auto_says_why_the_better_transports_were_not_possible() {
         let dev = tempfile::tempdir().unwrap();
-        for name in ["fuse", "loop-control", "ublk-control"] {
+        for name in ["fuse", "loop-control"] {
             std::fs::write(dev.path().join(name), "").unwrap();
         }
-        let choice = choose_on("auto", dev.path()).unwrap();
-        assert_eq!(choice.transport, Transport::Loop);
-        assert!(choice.passed_over[0].starts_with("ublk: the kernel offers it"), "{choice:?}");
+        let choice = choose_from("auto", obstacles(Some("no driver"), dev.path())).unwrap();
+        assert_eq!(choice.candidates, [Transport::Loop]);
+        assert!(choice.passed_over[0].starts_with("ublk: no driver"), "{choice:?}");
         assert!(choice.passed_over[1].contains("/dev/nbd0"), "{choice:?}");
-        assert!(choose_on("loop", dev.path()).unwrap().passed_over.is_empty());
-        let error = choose_on("ublk", dev.path()).unwrap_err().to_string();
-        assert!(error.contains("ublk"), "{error}");
+        let both = choose_from("auto", obstacles(None, dev.path())).unwrap();
+        assert_eq!(both.candidates, [Transport::Ublk, Transport::Loop]);
+        assert!(choose_from("loop", obstacles(None, dev.path())).unwrap().passed_over.is_empty());
+        let error = choose_from("ublk", obstacles(Some("no driver"), dev.path())).unwrap_err().to_string();
+        assert!(error.contains("ublk: no driver"), "{error}");
         std::fs::remove_file(dev.path().join("fuse")).unwrap();
-        let error = choose_on("auto", dev.path()).unwrap_err().to_string();
+        let error = choose_from("auto", obstacles(Some("no driver"), dev.path())).unwrap_err().to_string();
         assert!(error.contains("no /dev/fuse"), "{error}");
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::control::{Kind, Problem};
+use crate::attach::ublk::{QUEUE_DEPTH_MAX, QUEUES_MAX, UblkOptions};
 pub use crate::fetch::Patience;
 use crate::pool::Amount;
 
@@ -44,6 +45,8 @@ pub struct Layer {
     pub registry: RegistryLayer,
     /// The builder.
     pub build: BuildLayer,
+    /// The transport ublk.
+    pub ublk: UblkLayer,
 }
 
 /// The part `pool` of a [`Layer`].
@@ -110,6 +113,16 @@ pub struct BuildLimits {
     pub layers: Option<Size>,
 }
 
+/// The part `ublk` of a [`Layer`].
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct UblkLayer {
+    /// Queues of a device.
+    pub queues: Option<Count<QUEUES_MAX>>,
+    /// Requests in flight of a queue.
+    pub queue_depth: Option<Count<QUEUE_DEPTH_MAX>>,
+}
+
 /// The settings, resolved.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -133,10 +146,12 @@ pub struct Config {
     pub docker_config: Option<PathBuf>,
     /// The builder's settings; it has the defaults.
     pub build: BuildLayer,
+    /// How ublk devices are set up.
+    pub ublk: UblkOptions,
 }
 
 /// Every key, its environment variable, and how it gets into a layer.
-const KEYS: [(&str, &str, Setter); 19] = [
+const KEYS: [(&str, &str, Setter); 21] = [
     ("root", "FIRSTREAD_ROOT", |layer, value| put_path(&mut layer.root, value)),
     ("run", "FIRSTREAD_RUN", |layer, value| put_path(&mut layer.run, value)),
     ("log", "FIRSTREAD_LOG", |layer, value| put(&mut layer.log, value)),
@@ -168,6 +183,8 @@ const KEYS: [(&str, &str, Setter); 19] = [
     }),
     ("build.limit.depth", "FIRSTREAD_BUILD_LIMIT_DEPTH", |layer, value| put(&mut layer.build.limit.depth, value)),
     ("build.limit.layers", "FIRSTREAD_BUILD_LIMIT_LAYERS", |layer, value| put(&mut layer.build.limit.layers, value)),
+    ("ublk.queues", "FIRSTREAD_UBLK_QUEUES", |layer, value| put(&mut layer.ublk.queues, value)),
+    ("ublk.queue_depth", "FIRSTREAD_UBLK_QUEUE_DEPTH", |layer, value| put(&mut layer.ublk.queue_depth, value)),
 ];
 
 type Setter = fn(&mut Layer, OsString) -> Result<(), String>;
@@ -247,6 +264,10 @@ impl Layer {
                     layers: limit.layers.or(more.layers),
                 },
             },
+            ublk: UblkLayer {
+                queues: self.ublk.queues.or(next.ublk.queues),
+                queue_depth: self.ublk.queue_depth.or(next.ublk.queue_depth),
+            },
         }
     }
 
@@ -264,6 +285,10 @@ impl Layer {
             plain_http: self.registry.plain_http.is_some_and(|switch| switch.0),
             docker_config: self.registry.docker_config,
             build: self.build,
+            ublk: UblkOptions {
+                queues: self.ublk.queues.map_or(UblkOptions::default().queues, |count| count.0),
+                queue_depth: self.ublk.queue_depth.map_or(UblkOptions::default().queue_depth, |count| count.0),
+            },
         }
     }
 }
@@ -326,6 +351,27 @@ impl FromStr for Amount {
             Ok(percent @ 0..=100) => Ok(Self::Percent(percent)),
             _ => Err(format!("{text:?} is no part of a disk: write 0% to 100%")),
         }
+    }
+}
+
+/// A number from 1 to `MAX`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Count<const MAX: u16>(pub u16);
+
+impl<const MAX: u16> FromStr for Count<MAX> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim().parse() {
+            Ok(number) if (1..=MAX).contains(&number) => Ok(Self(number)),
+            _ => Err(format!("{text:?} is not a number from 1 to {MAX}")),
+        }
+    }
+}
+
+impl<'de, const MAX: u16> Deserialize<'de> for Count<MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        from_toml(deserializer)
     }
 }
 
@@ -400,7 +446,7 @@ mod tests {
     fn every_key_has_a_variable_named_after_it() {
         let values = [
             "/r", "/u", "debug", "5M", "20%", "3M", "wait", "true", "/d", "/c", "1G", "1T", "2T", "3M", "4G", "5K",
-            "6", "7", "8",
+            "6", "7", "8", "2", "128",
         ];
         assert_eq!(values.len(), KEYS.len());
         for ((key, name, set), value) in KEYS.into_iter().zip(values) {

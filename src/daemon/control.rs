@@ -66,6 +66,9 @@ pub enum Call {
     Detach {
         /// The device: its id, device path or mountpoint.
         target: String,
+        /// What to do when it is in use.
+        #[serde(default)]
+        in_use: InUse,
     },
     /// Which device is that? → [`DeviceInfo`]
     Find {
@@ -125,6 +128,8 @@ pub enum Call {
         /// The image as it was pinned.
         reference: String,
     },
+    /// Stop, and leave the devices to the next daemon; refused when some can't be left. → [`Stopped`]
+    HandOver,
     /// Detach every device and stop. → [`Stopped`]
     Stop {
         /// What to do about devices that are in use.
@@ -161,13 +166,14 @@ pub struct Ready {
     pub seconds: f64,
 }
 
-/// What a stopping daemon does about devices that are in use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// What to do about devices that are in use and shall go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InUse {
-    /// Keep them and do not stop.
+    /// Keep them.
+    #[default]
     Refuse,
-    /// Stop all the same: their readers get errors.
+    /// Take them away all the same: their readers get errors.
     Abandon,
 }
 
@@ -204,10 +210,11 @@ pub struct Attach {
 }
 
 /// How long a device stays attached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Lifetime {
     /// Until it is detached.
+    #[default]
     Permanent,
     /// Until this connection ends, unless it is settled before.
     Tentative,
@@ -316,6 +323,8 @@ pub enum State {
     Attached,
     /// Its server died; somebody still holds it and gets errors. It goes away with `umount` or `detach`.
     Lost,
+    /// Its server died, and this daemon is about to take it over; its readers wait.
+    Recovering,
 }
 
 /// One device, as `list`, `attach` and `mount` show it.
@@ -380,7 +389,10 @@ pub struct Exported {
 pub struct Stopped {
     /// The devices that were detached.
     pub detached: Vec<String>,
-    /// The devices that could not be, and why.
+    /// The devices that the next daemon takes over.
+    #[serde(default)]
+    pub left: Vec<String>,
+    /// The devices that could not be detached, and why.
     pub in_use: Vec<String>,
     /// Whether the daemon stops.
     pub stopping: bool,

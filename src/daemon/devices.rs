@@ -7,8 +7,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::attachment::Attachment;
-use super::control::{DeviceInfo, Kind, Problem, State};
-use super::records::{Record, Records};
+use super::control::{DeviceInfo, InUse, Kind, Lifetime, Problem, State};
+use super::records::{Record, Records, Reopen};
 use super::starts::Start;
 use crate::device::ImageDevice;
 use crate::error::Result;
@@ -20,7 +20,9 @@ const NAME_MAX: usize = 24;
 /// A device.
 pub struct Entry {
     info: Mutex<DeviceInfo>,
-    /// `None` for a lost device.
+    /// How its image is opened again by the next daemon.
+    reopen: Option<Reopen>,
+    /// `None` for a lost device, or one that is being recovered.
     pub served: Option<Served>,
     /// Taken out while somebody detaches it.
     attachment: Mutex<Option<Attachment>>,
@@ -80,12 +82,13 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// The devices that an earlier daemon lost, as far as somebody still holds them.
+    /// The devices of an earlier daemon that are to be recovered, or that it lost and somebody still holds.
     #[must_use]
     pub fn new(records: Records, lost: Vec<Record>) -> Self {
         let entry = |record: Record| {
             let id = record.device.id.clone();
-            let entry = Entry { info: Mutex::new(record.device), served: None, attachment: Mutex::new(None) };
+            let (info, reopen) = (Mutex::new(record.device), record.reopen);
+            let entry = Entry { info, reopen, served: None, attachment: Mutex::new(None) };
             (id, Some(Arc::new(entry)))
         };
         Self { table: Mutex::new(lost.into_iter().map(entry).collect()), records }
@@ -139,9 +142,22 @@ impl Devices {
     pub fn set_mountpoint(&self, entry: &Entry, mountpoint: Option<PathBuf>) -> Result<DeviceInfo> {
         let mut info = entry.info();
         info.mountpoint = mountpoint;
-        self.records.save(&Record::new(info.clone()))?;
+        self.records.save(&Record::new(info.clone(), entry.reopen.clone(), Lifetime::Permanent))?;
         *entry.info.lock() = info.clone();
         Ok(info)
+    }
+
+    /// Shows a recovered device as attached. Gives the attachment back when the device was detached meanwhile.
+    ///
+    /// # Errors
+    /// The attachment of a device that is not waited for any more.
+    pub fn restore(&self, id: &str, served: Served, attachment: Attachment) -> std::result::Result<(), Attachment> {
+        let mut table = self.table.lock();
+        let Some(Some(place)) = table.get_mut(id) else { return Err(attachment) };
+        let info = DeviceInfo { state: State::Attached, ..place.info() };
+        let (info, reopen) = (Mutex::new(info), place.reopen.clone());
+        *place = Arc::new(Entry { info, reopen, served: Some(served), attachment: Mutex::new(Some(attachment)) });
+        Ok(())
     }
 
     /// Forgets a device. Blocks.
@@ -171,9 +187,14 @@ impl Reserved {
     ///
     /// # Errors
     /// A record that can't be written; the device is then detached.
-    pub fn fill(self, info: DeviceInfo, served: Served, attachment: Attachment) -> Result<()> {
-        self.devices.records.save(&Record::new(info.clone()))?;
-        let entry = Entry { info: Mutex::new(info), served: Some(served), attachment: Mutex::new(Some(attachment)) };
+    pub fn fill(self, record: Record, served: Served, mut attachment: Attachment) -> Result<()> {
+        if let Err(error) = self.devices.records.save(&record) {
+            // The first error is the one to tell.
+            let _ = attachment.detach(InUse::Abandon);
+            return Err(error);
+        }
+        let (info, reopen) = (Mutex::new(record.device), record.reopen);
+        let entry = Entry { info, reopen, served: Some(served), attachment: Mutex::new(Some(attachment)) };
         self.devices.table.lock().insert(self.id.clone(), Some(Arc::new(entry)));
         Ok(())
     }
@@ -191,7 +212,7 @@ impl Drop for Reserved {
 /// A lost device that nobody holds any more is gone.
 #[must_use]
 pub fn still_held(info: &DeviceInfo) -> bool {
-    info.state == State::Attached || super::attachment::is_held(info)
+    info.state != State::Lost || super::attachment::is_held(info)
 }
 
 /// What of an image's name goes into an id: the last part of its repository or path, lower case.

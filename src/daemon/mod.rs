@@ -19,6 +19,7 @@ pub mod node;
 pub mod pins;
 pub mod proof;
 pub mod records;
+mod recovery;
 pub mod rundir;
 pub mod server;
 pub mod sharing;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
-use super::attachment::{self, Attachment};
+use super::attachment::{self, Attachment, Transport, Transports};
 use super::config::{Config, Patience};
 use super::control::{
     Attach, Attached, ByteCounts, ChunkCounts, DeviceInfo, Export, Exported, Health, HealthState, Hello, InUse, Kind,
@@ -19,7 +19,7 @@ use super::jobs::Jobs;
 use super::keeping::Scrubbing;
 use super::mending::Mender;
 use super::pins::PinnedImages;
-use super::records::{Record, Records};
+use super::records::{Record, Records, Reopen};
 use super::server::Stopping;
 use super::starts::{Start, watch_start};
 use super::trace::{StartupStatus, startup_status};
@@ -42,15 +42,17 @@ pub struct Node {
     pub(super) mender: Mender,
     pub(super) scrubbing: Scrubbing,
     pub(super) devices: Arc<Devices>,
+    pub(super) transports: Arc<Transports>,
     stop: watch::Sender<bool>,
 }
 
 impl Node {
-    /// Opens the pool. `lost` are the devices of an earlier daemon that somebody still holds.
+    /// Opens the pool. `earlier` are the devices of an earlier daemon that are to be recovered, or that it lost and
+    /// somebody still holds. Must be called on the runtime.
     ///
     /// # Errors
     /// A pool that another process owns, or that can't be made.
-    pub fn open(config: Config, records: Records, lost: Vec<Record>) -> Result<Arc<Self>> {
+    pub fn open(config: Config, records: Records, earlier: Vec<Record>) -> Result<Arc<Self>> {
         let options =
             PoolOptions { limit: config.pool_limit, keep_free: config.pool_keep_free, ..PoolOptions::default() };
         let pool = Arc::new(Pool::open(&config.root.join("pool"), &options)?);
@@ -58,9 +60,10 @@ impl Node {
         let fetcher = Fetcher::new(Arc::clone(&pool), FetchOptions { on_outage, ..FetchOptions::default() });
         let images = Images::new(&index_cache(&config.root));
         let pins = PinnedImages::open(&config.root.join("pins"), &index_cache(&config.root), &pool)?;
-        let (devices, jobs) = (Arc::new(Devices::new(records, lost)), Jobs::default());
+        let (devices, jobs) = (Arc::new(Devices::new(records, earlier)), Jobs::default());
+        let transports = Arc::new(Transports::new(&config, tokio::runtime::Handle::current()));
         let (mender, scrubbing, stop) = (Mender::default(), Scrubbing::default(), watch::Sender::new(false));
-        Ok(Arc::new(Self { config, pool, fetcher, images, pins, jobs, mender, scrubbing, devices, stop }))
+        Ok(Arc::new(Self { config, pool, fetcher, images, pins, jobs, mender, scrubbing, devices, transports, stop }))
     }
 
     /// Becomes true when the daemon stops.
@@ -82,7 +85,7 @@ impl Node {
     /// An image that can't be opened, or a transport that can't be had.
     pub async fn attach(&self, request: &Attach) -> std::result::Result<Attached, Problem> {
         self.accepting()?;
-        let choice = attachment::choose(&request.transport)?;
+        let mut choice = attachment::choose(&request.transport)?;
         let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
         let reserved = self.devices.reserve(&name_of(&image.reference));
         let mut info = DeviceInfo {
@@ -90,32 +93,38 @@ impl Node {
             image: image.reference.to_string(),
             digest: image.manifest_digest.to_string(),
             device: PathBuf::new(),
-            transport: choice.transport.name().to_owned(),
+            transport: String::new(),
             mountpoint: None,
             read_only: true,
             state: State::Attached,
         };
         let (file_system, device_bytes) = (image.index.file_system().to_owned(), device.size());
-        let runtime = tokio::runtime::Handle::current();
         let recorded = image.index.startup_read_ahead_kb();
         let read_ahead_kb = request.read_ahead_kb.or(recorded).unwrap_or(READY_KB);
         // The start-up pack has all metadata that is needed; what is read beside it would only be waited for.
         let inode_readahead_blks = if image.index.startup_order().len() > 0 { 0 } else { 32 };
-        let info = blocking(move || {
-            let served = Arc::clone(&device) as Arc<dyn Device>;
-            let attachment = Attachment::attach(choice.transport, served, read_ahead_kb, runtime)?;
+        let reopen = Reopen {
+            reference: request.reference.clone(),
+            access: request.access.clone(),
+            on_outage: request.on_outage,
+        };
+        let (transports, lifetime) = (Arc::clone(&self.transports), request.lifetime);
+        let (info, passed_over) = blocking(move || {
+            let dynamic = Arc::clone(&device) as Arc<dyn Device>;
+            let attachment = Attachment::attach(&mut choice, &dynamic, read_ahead_kb, &transports)?;
             info.device = attachment.path().to_owned();
+            info.transport = attachment.transport().name().to_owned();
             let start = Start::new(attachment.path(), read_ahead_kb);
             let served = Served { image, device, start };
-            reserved.fill(info.clone(), served, attachment)?;
-            Ok(info)
+            reserved.fill(Record::new(info.clone(), Some(reopen), lifetime), served, attachment)?;
+            Ok((info, choice.passed_over))
         })
         .await?;
         tracing::info!("{}: {} is {}", info.id, info.image, info.device.display());
         if let Ok(entry) = self.devices.find(&info.id) {
             tokio::spawn(watch_start(Arc::downgrade(&entry)));
         }
-        Ok(Attached { inode_readahead_blks, device: info, file_system, device_bytes, passed_over: choice.passed_over })
+        Ok(Attached { inode_readahead_blks, device: info, file_system, device_bytes, passed_over })
     }
 
     /// Makes a device permanent, and remembers where it is mounted.
@@ -132,25 +141,25 @@ impl Node {
     ///
     /// # Errors
     /// There is no such device, or somebody uses it.
-    pub async fn detach(&self, target: &str) -> std::result::Result<DeviceInfo, Problem> {
+    pub async fn detach(&self, target: &str, in_use: InUse) -> std::result::Result<DeviceInfo, Problem> {
         let entry = self.devices.find(target)?;
-        self.detach_entry(entry).await
+        self.detach_entry(entry, in_use).await
     }
 
-    async fn detach_entry(&self, entry: Arc<Entry>) -> std::result::Result<DeviceInfo, Problem> {
-        let devices = Arc::clone(&self.devices);
+    async fn detach_entry(&self, entry: Arc<Entry>, in_use: InUse) -> std::result::Result<DeviceInfo, Problem> {
+        let (devices, config) = (Arc::clone(&self.devices), self.config.clone());
         let info = entry.info();
         let taken = entry.take()?;
         let done = blocking(move || {
             let info = entry.info();
             match taken {
                 Some(mut attachment) => {
-                    if let Err(error) = attachment.detach() {
+                    if let Err(error) = attachment.detach(in_use) {
                         entry.put_back(attachment);
                         return Err(error);
                     }
                 }
-                None => attachment::release_lost(&info)?,
+                None => attachment::release_lost(&info, in_use, &config)?,
             }
             devices.forget(&info.id)
         })
@@ -163,7 +172,9 @@ impl Node {
             Err(error) => {
                 let hint = match (&error, &info.mountpoint) {
                     (Error::Busy(_), Some(dir)) => Some(format!("`firstread umount {}` first", dir.display())),
-                    (Error::Busy(_), None) => Some("whoever holds it must let go first".to_owned()),
+                    (Error::Busy(_), None) => {
+                        Some("whoever holds it must let go first; `--force` takes it away".to_owned())
+                    }
                     _ => None,
                 };
                 let problem = Problem::from(error);
@@ -230,17 +241,39 @@ impl Node {
 
     /// Detaches what can be detached, and stops if nothing is left or `in_use` says so.
     pub async fn stop(&self, in_use: InUse) -> Stopped {
-        let mut stopped = Stopped { detached: Vec::new(), in_use: Vec::new(), stopping: false };
+        let mut stopped = Stopped { detached: Vec::new(), left: Vec::new(), in_use: Vec::new(), stopping: false };
+        for entry in self.devices.all() {
+            self.let_go(entry, in_use, &mut stopped).await;
+        }
+        self.end(stopped, in_use)
+    }
+
+    /// Leaves the devices that the next daemon can take over, and detaches the others; stops if nothing else is left or
+    /// `in_use` says so.
+    pub async fn hand_over(&self, in_use: InUse) -> Stopped {
+        let mut stopped = Stopped { detached: Vec::new(), left: Vec::new(), in_use: Vec::new(), stopping: false };
         for entry in self.devices.all() {
             let info = entry.info();
-            match self.detach_entry(entry).await {
-                Ok(_) => stopped.detached.push(info.id),
-                Err(problem) if problem.kind == Kind::NotFound => {}
-                // It was lost before, and stopping changes nothing for it.
-                Err(_) if info.state == State::Lost => {}
-                Err(problem) => stopped.in_use.push(problem.message),
+            match Transport::named(&info.transport) {
+                Some(transport) if transport.recovers() && info.state != State::Lost => stopped.left.push(info.id),
+                _ => self.let_go(entry, InUse::Refuse, &mut stopped).await,
             }
         }
+        self.end(stopped, in_use)
+    }
+
+    async fn let_go(&self, entry: Arc<Entry>, in_use: InUse, stopped: &mut Stopped) {
+        let info = entry.info();
+        match self.detach_entry(entry, in_use).await {
+            Ok(_) => stopped.detached.push(info.id),
+            Err(problem) if problem.kind == Kind::NotFound => {}
+            // It was lost before, and stopping changes nothing for it.
+            Err(_) if info.state == State::Lost => {}
+            Err(problem) => stopped.in_use.push(problem.message),
+        }
+    }
+
+    fn end(&self, mut stopped: Stopped, in_use: InUse) -> Stopped {
         if stopped.in_use.is_empty() || in_use == InUse::Abandon {
             for message in &stopped.in_use {
                 tracing::warn!("stopping all the same; readers get errors from now on: {message}");

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::control::{DeviceInfo, State};
+use super::config::Patience;
+use super::control::{DeviceInfo, Lifetime, SourceAccess, State};
 use crate::error::{Error, Result};
 
 const VERSION: u32 = 1;
@@ -26,13 +27,30 @@ pub struct Record {
     pub device: DeviceInfo,
     /// Which start of the machine it belongs to: devices do not outlive it.
     pub boot: String,
+    /// How its image is opened again; older records don't say.
+    #[serde(default)]
+    pub reopen: Option<Reopen>,
+    /// Whether its client has still to settle it.
+    #[serde(default)]
+    pub lifetime: Lifetime,
+}
+
+/// How an image is opened another time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reopen {
+    /// The image; paths in it are absolute.
+    pub reference: String,
+    /// How its source is reached.
+    pub access: SourceAccess,
+    /// How long its readers wait for unreachable sources; `None`: as the node's setting says.
+    pub on_outage: Option<Patience>,
 }
 
 impl Record {
     /// The record of a device of this start of the machine.
     #[must_use]
-    pub fn new(device: DeviceInfo) -> Self {
-        Self { version: VERSION, device, boot: boot() }
+    pub fn new(device: DeviceInfo, reopen: Option<Reopen>, lifetime: Lifetime) -> Self {
+        Self { version: VERSION, device, boot: boot(), reopen, lifetime }
     }
 }
 
@@ -160,7 +178,7 @@ mod tests {
     use super::*;
 
     fn record(id: &str) -> Record {
-        Record::new(DeviceInfo {
+        let device = DeviceInfo {
             id: id.into(),
             image: "oci:/image".into(),
             digest: "sha256:00".into(),
@@ -169,7 +187,8 @@ mod tests {
             mountpoint: None,
             read_only: true,
             state: State::Lost,
-        })
+        };
+        Record::new(device, None, Lifetime::Permanent)
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::control::{Call, Envelope, Kind, LINE_MAX, Outcome, Problem, Request, Response, SOCKET, VERSION};
+use super::control::{Call, Envelope, InUse, Kind, LINE_MAX, Outcome, Problem, Request, Response, SOCKET, VERSION};
 use super::exports::Serving;
 use super::node::{FAREWELL, Node};
 use super::starts::page;
@@ -191,7 +191,7 @@ impl Connection {
                 self.tentative.lock().remove(&device.id);
                 value(&device)
             }
-            Call::Detach { target } => value(&node.detach(&target).await?),
+            Call::Detach { target, in_use } => value(&node.detach(&target, in_use).await?),
             Call::Find { target } => value(&node.find(&target)?),
             Call::List => value(&node.list()),
             Call::Status { target } => value(&node.status(target.as_deref()).await?),
@@ -217,6 +217,7 @@ impl Connection {
             Call::Pin(request) => value(&node.pin(request)?),
             Call::Prove { reference } => value(&node.prove(reference)?),
             Call::Unpin { reference } => value(&node.unpin(reference).await?),
+            Call::HandOver => value(&node.hand_over(InUse::Refuse).await),
             Call::Stop { in_use } => value(&node.stop(in_use).await),
         }
     }
@@ -231,7 +232,7 @@ impl Connection {
         }
         let tentative = std::mem::take(&mut *self.tentative.lock());
         for id in tentative {
-            match self.node.detach(&id).await {
+            match self.node.detach(&id, InUse::Refuse).await {
                 Ok(_) => tracing::info!("{id} was detached: the client that wanted it is gone"),
                 Err(problem) if problem.kind == Kind::NotFound => {}
                 Err(problem) => tracing::warn!("{id} stays, though the client that wanted it is gone: {problem}"),

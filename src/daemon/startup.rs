@@ -2,14 +2,16 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::attachment::{Transport, is_held, remove_unknown};
 use super::config::Config;
-use super::control::{InUse, Problem, SOCKET};
+use super::control::{InUse, Lifetime, Problem, SOCKET, State};
 use super::devices::still_held;
 use super::node::Node;
 use super::records::{Record, Records, boot};
@@ -66,8 +68,10 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     std::fs::create_dir_all(&config.root)
         .map_err(|error| Error::io(format!("creating the root directory {}", config.root.display()), error))?;
     let records = Records::open(&config.root.join("devices"))?;
-    let remembered = remembered(&records)?;
-    let lost = still_lost(&records, remembered)?;
+    let (recoverable, others) = remembered(&records)?.into_iter().partition(|record| recoverable(record));
+    let mut earlier = still_lost(&records, others)?;
+    let recovering = to_recover(&config, &records, recoverable)?;
+    earlier.extend(recovering.iter().cloned());
     own_mount_namespace(&config)?;
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -78,9 +82,12 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
         .build()
         .map_err(|error| Error::io("starting the runtime", error))?;
     runtime.block_on(async {
-        let node = Node::open(config.clone(), records, lost)?;
+        let node = Node::open(config.clone(), records, earlier)?;
         let listener = server::bind(run_dir.path())?;
         let signals = Signals::new()?;
+        for record in recovering {
+            tokio::spawn(Arc::clone(&node).recover(record));
+        }
         tracing::info!("serving {} at {}", config.root.display(), run_dir.path().join(SOCKET).display());
         if start == Start::Background {
             announce(READY);
@@ -138,6 +145,30 @@ fn remembered(records: &Records) -> Result<Vec<Record>> {
     Ok(current)
 }
 
+/// Whether the device of a record outlived its daemon, and can be served again.
+fn recoverable(record: &Record) -> bool {
+    record.reopen.is_some() && Transport::named(&record.device.transport).is_some_and(Transport::recovers)
+}
+
+/// The recoverable devices, without those whose client died before it had mounted them, and without what is left of
+/// attaching when a daemon was killed in the middle of it.
+fn to_recover(config: &Config, records: &Records, recoverable: Vec<Record>) -> Result<Vec<Record>> {
+    let mut kept = Vec::new();
+    for mut record in recoverable {
+        record.device.state = State::Recovering;
+        if record.lifetime == Lifetime::Tentative && !is_held(&record.device) {
+            records.remove(&record.device.id)?;
+        } else {
+            kept.push(record);
+        }
+    }
+    let paths: Vec<&Path> = kept.iter().map(|record| record.device.device.as_path()).collect();
+    if let Err(error) = remove_unknown(config, &paths) {
+        tracing::warn!("looking for devices that were left half made: {error}");
+    }
+    Ok(kept)
+}
+
 /// Those that somebody still holds; the others are reported and dropped.
 fn still_lost(records: &Records, remembered: Vec<Record>) -> Result<Vec<Record>> {
     let (held, free): (Vec<_>, Vec<_>) = remembered.into_iter().partition(|record| still_held(&record.device));
@@ -184,8 +215,12 @@ impl Signals {
             _ = self.interrupt.recv() => "SIGINT",
         };
         tracing::info!("{name}: stopping");
-        for id in node.stop(InUse::Abandon).await.detached {
+        let stopped = node.hand_over(InUse::Abandon).await;
+        for id in stopped.detached {
             tracing::info!("{id}: detached");
+        }
+        for id in stopped.left {
+            tracing::info!("{id}: left to the next daemon; its readers wait");
         }
     }
 }

@@ -6,3 +6,5 @@ pub mod guest_memory;
 pub mod loop_ioctl;
 pub mod mmap;
 pub mod namespace;
+#[cfg(feature = "ublk")]
+pub mod ublk;

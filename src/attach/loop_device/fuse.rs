@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -39,12 +40,17 @@ const FOREVER: Duration = Duration::from_secs(1 << 30);
 ///
 /// # Errors
 /// What the system says.
-pub fn serve(device: Arc<dyn Device>, threads: usize, runtime: Handle) -> Result<(BackgroundSession, OwnedFd)> {
+pub fn serve(
+    device: Arc<dyn Device>,
+    threads: usize,
+    runtime: Handle,
+    failing: Arc<AtomicBool>,
+) -> Result<(BackgroundSession, OwnedFd)> {
     let channel = File::options().read(true).write(true).open("/dev/fuse");
     let channel = channel.map_err(|error| Error::io("open /dev/fuse", error))?;
     let mount = detached_mount(&channel).map_err(|errno| Error::io("make a FUSE file system", errno.into()))?;
     let failed = |error: io::Error| Error::io("start the FUSE session", error);
-    let disk = Disk { size: device.size(), device, runtime, buffers: Mutex::default() };
+    let disk = Disk { size: device.size(), device, runtime, failing, buffers: Mutex::default() };
     let mut config = Config::default();
     config.n_threads = Some(threads);
     config.clone_fd = true;
@@ -84,6 +90,8 @@ struct Disk {
     device: Arc<dyn Device>,
     size: u64,
     runtime: Handle,
+    /// Whether every read is answered with an error.
+    failing: Arc<AtomicBool>,
     /// Buffers for hits, one per thread that reads at the time; they keep the largest size they ever had.
     buffers: Mutex<Vec<Vec<u8>>>,
 }
@@ -158,6 +166,10 @@ impl Filesystem for Disk {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        if self.failing.load(Ordering::Relaxed) {
+            reply.error(Errno::EIO);
+            return;
+        }
         let wanted = u64::from(size).min(self.size.saturating_sub(offset));
         let len = usize::try_from(wanted).unwrap_or(0);
         let mut buffer = self.buffers.lock().pop().unwrap_or_default();

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use fuser::BackgroundSession;
@@ -57,6 +58,7 @@ pub struct LoopAttachment {
     name: String,
     /// Keeps the loop device bound while nobody else has it open. `None` once it was released.
     held: Option<File>,
+    failing: Arc<AtomicBool>,
     session: BackgroundSession,
 }
 
@@ -70,10 +72,11 @@ pub fn attach(device: Arc<dyn Device>, options: LoopOptions, runtime: Handle) ->
             return Err(Error::Unsupported(format!("the transport loop needs {needed}, which does not exist")));
         }
     }
-    let (session, file) = fuse::serve(device, options.threads.max(1), runtime)?;
+    let failing = Arc::new(AtomicBool::new(false));
+    let (session, file) = fuse::serve(device, options.threads.max(1), runtime, Arc::clone(&failing))?;
     let name = format!("{PREFIX}{}", identity(std::process::id()).unwrap_or_default());
     let (path, held) = bind(&file, &name, options)?;
-    let attachment = LoopAttachment { path, name, held: Some(held), session };
+    let attachment = LoopAttachment { path, name, held: Some(held), failing, session };
     read_ahead::set(&attachment.path, options.read_ahead_kb)?;
     Ok(attachment)
 }
@@ -152,6 +155,13 @@ impl LoopAttachment {
             _ => {}
         }
         Err(self.busy(&self.holders()))
+    }
+
+    /// Answers every read with an error from now on, and gives the device up: it is free when its last user leaves. Only
+    /// dropping is left.
+    pub fn fail(&mut self) {
+        self.failing.store(true, Ordering::Relaxed);
+        self.held = None;
     }
 
     fn busy(&self, found: &[Holder]) -> Error {

@@ -22,7 +22,7 @@ use super::options::{Context, absolute};
 use super::output::size;
 use super::profile::{Written, fetch, write_out};
 use crate::daemon::client::Client;
-use crate::daemon::control::{Attached, Call, DeviceInfo, Kind, Lifetime, Problem, Ready, Until};
+use crate::daemon::control::{Attached, Call, DeviceInfo, InUse, Kind, Lifetime, Problem, Ready, Until};
 use crate::fetch::Image;
 use crate::profile::Profile;
 use container::{Job, Report};
@@ -174,7 +174,7 @@ fn default_readiness(image: &Image) -> ReadyWhen {
 fn detach(client: &mut Client, id: &str) -> Outcome {
     let deadline = Instant::now() + END;
     loop {
-        match client.call::<DeviceInfo>(Call::Detach { target: id.to_owned() }) {
+        match client.call::<DeviceInfo>(Call::Detach { target: id.to_owned(), in_use: InUse::Refuse }) {
             Err(problem) if problem.kind == Kind::Busy && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(50));
             }

@@ -1,0 +1,372 @@
+//! A ring that serves queues of ublk devices from one thread.
+//!
+//! The driver copies a read's data from the server's memory while it takes the command that commits the read, inside of
+//! the `io_uring_enter` that submits it (`kernel-notes/ublk.md`). So the data need live only until [`QueueRing::wait`]
+//! returns, and one arena serves all queues of the thread.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use io_uring::{IoUring, opcode, types};
+use rustix::event::EventfdFlags;
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::{IoCommand, IoDescriptor, READ_WRITE, SECTOR, command};
+
+const fn io_op(number: u32) -> u32 {
+    command(READ_WRITE, size_of::<IoCommand>(), number)
+}
+
+const FETCH_REQ: u32 = io_op(0x20);
+const COMMIT_AND_FETCH_REQ: u32 = io_op(0x21);
+const NEED_GET_DATA: u32 = io_op(0x22);
+
+/// `UBLK_IO_RES_NEED_GET_DATA`.
+const RES_NEED_GET_DATA: i32 = 1;
+
+const MAX_QUEUE_DEPTH: usize = 4096;
+
+/// The user data of the waker's poll; queues use small numbers.
+const WAKE: u64 = u64::MAX;
+
+/// Entries of the submission queue: a device is fetched from in one `io_uring_enter`, so that a server that is killed has
+/// fetched from all of it or from nothing.
+const ENTRIES: u32 = 4096;
+
+/// One request of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What is wanted.
+    pub command: Command,
+    /// From which byte.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u32,
+}
+
+/// What a request wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Data.
+    Read,
+    /// All that was written made durable.
+    Flush,
+    /// Anything else: the operation's number.
+    Other(u8),
+}
+
+/// What happened on the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Another thread woke this one.
+    Woken,
+    /// A tag of the queue `slot` has a request.
+    Request {
+        /// The queue, as it was named to [`QueueRing::fetch`].
+        slot: u32,
+        /// The request's tag.
+        tag: u16,
+    },
+    /// A tag of the queue `slot` wants to give a write's data.
+    Data {
+        /// The queue.
+        slot: u32,
+        /// The request's tag.
+        tag: u16,
+    },
+    /// A tag of the queue `slot` gets no requests any more.
+    Ended {
+        /// The queue.
+        slot: u32,
+        /// Its tag.
+        tag: u16,
+        /// The errno: ENODEV when the device was stopped.
+        errno: i32,
+    },
+}
+
+/// `/dev/ublkcN` and one of its queues.
+pub struct QueueFiles {
+    device: Arc<File>,
+    queue: u16,
+    depth: u16,
+    descriptors: Option<Descriptors>,
+}
+
+/// The requests of a queue, which the driver writes and this process only reads.
+struct Descriptors {
+    start: *const IoDescriptor,
+    bytes: usize,
+}
+
+// SAFETY: the memory is a map of this value's own; nothing in it belongs to a thread.
+unsafe impl Send for Descriptors {}
+
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        // SAFETY: the range is what mmap gave, and no reference to it exists: requests are copied out.
+        let _ = unsafe { rustix::mm::munmap(self.start.cast_mut().cast(), self.bytes) };
+    }
+}
+
+impl QueueFiles {
+    /// The queue number `queue` of the device that `device` is the character device of.
+    #[must_use]
+    pub fn new(device: Arc<File>, queue: u16, depth: u16) -> Self {
+        Self { device, queue, depth, descriptors: None }
+    }
+
+    /// Its depth.
+    #[must_use]
+    pub fn depth(&self) -> u16 {
+        self.depth
+    }
+
+    /// Maps the requests. To be done after the queue was fetched from: the driver remembers who mapped it first, and
+    /// forgets that only for a server that had fetched.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn map(&mut self) -> io::Result<()> {
+        let page = rustix::param::page_size();
+        let bytes = (usize::from(self.depth) * size_of::<IoDescriptor>()).next_multiple_of(page);
+        let stride = (MAX_QUEUE_DEPTH * size_of::<IoDescriptor>()).next_multiple_of(page);
+        let offset = (usize::from(self.queue) * stride) as u64;
+        let flags = MapFlags::SHARED | MapFlags::POPULATE;
+        // SAFETY: a new map at an address of the kernel's choice.
+        let start = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ, flags, self.device.as_fd(), offset)
+        }?;
+        self.descriptors = Some(Descriptors { start: start.cast_const().cast(), bytes });
+        Ok(())
+    }
+
+    /// The request that `tag` has.
+    ///
+    /// # Errors
+    /// A tag that the queue does not have, or a queue that is not mapped.
+    pub fn request(&self, tag: u16) -> io::Result<Request> {
+        let descriptors = self.descriptors.as_ref().filter(|_| tag < self.depth);
+        let descriptors = descriptors.ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the map has `depth` descriptors and lives as long as self; the driver does not write to this one
+        // between the event of its tag and the answer, and the copy is volatile in case it did.
+        let found = unsafe { descriptors.start.add(usize::from(tag)).read_volatile() };
+        let command = match found.op_flags & 0xff {
+            0 => Command::Read,
+            2 => Command::Flush,
+            other => Command::Other(other as u8),
+        };
+        let len = found.sectors.saturating_mul(SECTOR);
+        Ok(Request { command, offset: found.start.saturating_mul(u64::from(SECTOR)), len })
+    }
+}
+
+/// Wakes the thread of a ring.
+#[derive(Clone, Debug)]
+pub struct Waker(Arc<OwnedFd>);
+
+impl Waker {
+    /// Makes [`QueueRing::wait`] return [`Event::Woken`].
+    pub fn wake(&self) {
+        // It can only fail when it was woken 2^64 times and did not look.
+        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// The ring of one thread.
+pub struct QueueRing {
+    ring: IoUring,
+    waker: Waker,
+    polling: bool,
+    /// Where hits are read to; what is committed from it stays there until the ring is submitted.
+    arena: memmap2::MmapMut,
+    used: usize,
+    /// Other data that was committed.
+    committed: Vec<Vec<u8>>,
+    /// What has happened and was not told yet: user data and result.
+    answers: Vec<(u64, i32)>,
+    /// Where data of writes go that nobody wants.
+    sink: Option<memmap2::MmapMut>,
+}
+
+impl QueueRing {
+    /// A ring with an arena of so many bytes.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn new(arena: usize) -> io::Result<Self> {
+        let ring = IoUring::builder().setup_cqsize(2 * ENTRIES).setup_coop_taskrun().build(ENTRIES)?;
+        let waker = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let arena = memmap2::MmapMut::map_anon(arena)?;
+        let waker = Waker(Arc::new(waker));
+        let (committed, answers) = (Vec::new(), Vec::new());
+        Ok(Self { ring, waker, polling: false, arena, used: 0, committed, answers, sink: None })
+    }
+
+    /// What wakes this ring's thread.
+    #[must_use]
+    pub fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
+    /// `len` bytes of the arena, after all that are in use. When there are not so many left, what was committed is
+    /// submitted first.
+    ///
+    /// # Errors
+    /// More than the whole arena, or what the system says.
+    pub fn buffer(&mut self, len: usize) -> io::Result<&mut [u8]> {
+        if self.arena.len() - self.used < len {
+            self.submit()?;
+        }
+        let start = self.used;
+        self.arena.get_mut(start..start.saturating_add(len)).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
+    /// Answers a read with the first `len` bytes of what [`buffer`](Self::buffer) gave last.
+    ///
+    /// # Errors
+    /// More than the buffer has, or what the system says.
+    pub fn commit_buffer(&mut self, files: &QueueFiles, slot: u32, tag: u16, len: u32) -> io::Result<()> {
+        let data = self.arena.get(self.used..).and_then(|rest| rest.get(..len as usize));
+        let addr = data.ok_or(io::ErrorKind::InvalidInput)?.as_ptr() as u64;
+        // The next one is aligned as the data of a disk.
+        self.used = (self.used + len as usize).next_multiple_of(SECTOR as usize).min(self.arena.len());
+        self.command(COMMIT_AND_FETCH_REQ, files, slot, tag, len.cast_signed(), addr)
+    }
+
+    /// Answers a read with `data`.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn commit_data(&mut self, files: &QueueFiles, slot: u32, tag: u16, data: Vec<u8>) -> io::Result<()> {
+        let (len, addr) = (i32::try_from(data.len()).map_err(io::Error::other)?, data.as_ptr() as u64);
+        self.committed.push(data);
+        self.command(COMMIT_AND_FETCH_REQ, files, slot, tag, len, addr)
+    }
+
+    /// Answers with a number of bytes without data, or with a negative errno.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn commit(&mut self, files: &QueueFiles, slot: u32, tag: u16, result: i32) -> io::Result<()> {
+        // An address has to be there; nothing is copied for an error.
+        let addr = self.arena.as_ptr() as u64;
+        self.command(COMMIT_AND_FETCH_REQ, files, slot, tag, result, addr)
+    }
+
+    /// Takes a write's data; the request comes next. Nothing looks at the data yet: they are dropped.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn take_data(&mut self, files: &QueueFiles, slot: u32, tag: u16) -> io::Result<()> {
+        let sink = match self.sink.take() {
+            Some(sink) => sink,
+            None => memmap2::MmapMut::map_anon(self.arena.len())?,
+        };
+        let addr = self.sink.insert(sink).as_ptr() as u64;
+        self.command(NEED_GET_DATA, files, slot, tag, 0, addr)
+    }
+
+    /// Fetches requests for every tag of every one of the queues, in one `io_uring_enter`, and maps them.
+    ///
+    /// # Errors
+    /// More queues than the ring has room for, or what the system says.
+    pub fn fetch(&mut self, queues: &mut [(u32, &mut QueueFiles)]) -> io::Result<()> {
+        self.submit()?;
+        let tags: usize = queues.iter().map(|(_, files)| usize::from(files.depth)).sum();
+        if tags > ENTRIES as usize {
+            return Err(io::Error::other(format!("{tags} requests in flight are more than {ENTRIES}")));
+        }
+        for (slot, files) in queues.iter() {
+            for tag in 0..files.depth {
+                self.command(FETCH_REQ, files, *slot, tag, 0, 0)?;
+            }
+        }
+        self.submit()?;
+        queues.iter_mut().try_for_each(|(_, files)| files.map())
+    }
+
+    /// Submits what was committed, waits until something happens, and adds all that happened to `events`.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
+        if !self.polling {
+            let entry = opcode::PollAdd::new(types::Fd(self.waker.0.as_raw_fd()), pollin()).build();
+            self.push(&entry.user_data(WAKE))?;
+            self.polling = true;
+        }
+        self.enter(usize::from(self.answers.is_empty()))?;
+        let mut woken = false;
+        for (data, result) in self.answers.drain(..) {
+            if data == WAKE {
+                woken = true;
+                continue;
+            }
+            let (slot, tag) = ((data >> 16) as u32, data as u16);
+            events.push(match result {
+                0 => Event::Request { slot, tag },
+                RES_NEED_GET_DATA => Event::Data { slot, tag },
+                _ => Event::Ended { slot, tag, errno: -result },
+            });
+        }
+        if woken {
+            self.polling = false;
+            // Empty when somebody else's wake was read before: it does not block.
+            let _ = rustix::io::read(&*self.waker.0, &mut [0u8; 8]);
+            events.push(Event::Woken);
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, op: u32, files: &QueueFiles, slot: u32, tag: u16, result: i32, addr: u64) -> io::Result<()> {
+        let command = IoCommand { queue: files.queue, tag, result, addr };
+        // SAFETY: the structure has no padding.
+        let bytes: [u8; size_of::<IoCommand>()] = unsafe { std::mem::transmute(command) };
+        let entry = opcode::UringCmd16::new(types::Fd(files.device.as_raw_fd()), op).cmd(bytes).build();
+        self.push(&entry.user_data(u64::from(slot) << 16 | u64::from(tag)))
+    }
+
+    fn push(&mut self, entry: &io_uring::squeue::Entry) -> io::Result<()> {
+        if self.ring.submission().is_full() {
+            self.submit()?;
+        }
+        // SAFETY: the descriptors are open: the caller has the queue's file, and the ring its waker; the kernel takes
+        // references of its own on submission. Memory named by a command is in the arena or in `committed`, and is
+        // neither moved, reused nor freed before `submit` or `wait` has submitted the command, in which the driver
+        // copies the data (see the module).
+        unsafe { self.ring.submission().push(entry) }.map_err(io::Error::other)
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        self.enter(0)
+    }
+
+    /// Submits everything and waits for `want` completions, or less when it is interrupted.
+    fn enter(&mut self, want: usize) -> io::Result<()> {
+        loop {
+            let submitted = self.ring.submit_and_wait(want);
+            self.answers.extend(self.ring.completion().map(|entry| (entry.user_data(), entry.result())));
+            match submitted {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // More completions were waiting than fit: now they are taken.
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) => {}
+                Err(error) => return Err(error),
+            }
+            if self.ring.submission().is_empty() {
+                break;
+            }
+        }
+        self.used = 0;
+        self.committed.clear();
+        Ok(())
+    }
+}
+
+/// `POLLIN` as the ring wants it.
+fn pollin() -> u32 {
+    u32::from(rustix::event::PollFlags::IN.bits())
+}
