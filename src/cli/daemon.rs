@@ -1,10 +1,16 @@
 //! `firstread daemon`: the node's daemon in the foreground.
 
+use std::path::Path;
+use std::time::Duration;
+
 use clap::Args;
 
 use super::Outcome;
 use super::options::{Global, start_log};
+use crate::daemon::client::Client;
 use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer, Size};
+use crate::daemon::control::{Call, Kind, Problem, Stopped};
+use crate::daemon::rundir::wait_until_free;
 use crate::daemon::startup::{self, Start};
 use crate::pool::Amount;
 
@@ -24,6 +30,9 @@ pub struct Daemon {
     /// How long a read waits for an unreachable source, e.g. 60s, or `wait` [setting fetch.on_outage; default: 60s]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
+    /// Take over from the daemon that runs: readers of its ublk devices wait for a moment and go on
+    #[arg(long)]
+    replace: bool,
     /// Started by a verb, which waits for a line on standard output
     #[arg(long, hide = true)]
     background: bool,
@@ -46,6 +55,32 @@ impl Daemon {
         };
         let config = config::load(flags, global.config.as_deref())?;
         start_log(&config.log)?;
+        if self.replace {
+            replace(&config.run)?;
+        }
         startup::run(config, if self.background { Start::Background } else { Start::Foreground })
     }
+}
+
+/// How long a daemon that hands over may take to end.
+const LEAVING: Duration = Duration::from_secs(20);
+
+/// Has the daemon of the run directory `run`, if there is one, stop and leave its devices.
+fn replace(run: &Path) -> Outcome {
+    let Some(mut client) = Client::connect(run)? else { return Ok(()) };
+    let old = client.hello().pid;
+    let stopped: Stopped = client.call(Call::HandOver)?;
+    if !stopped.stopping {
+        let message = format!("process {old} can't hand these devices over:\n  {}", stopped.in_use.join("\n  "));
+        return Err(
+            Problem::new(Kind::Busy, message).hint("unmount them first; only ublk devices outlive their daemon")
+        );
+    }
+    client.wait_for_end();
+    if !wait_until_free(run, LEAVING) {
+        let message = format!("process {old} does not end");
+        return Err(Problem::new(Kind::Busy, message).hint("its log says why; end it by hand and start this one again"));
+    }
+    tracing::info!("process {old} handed over {} devices", stopped.left.len());
+    Ok(())
 }

@@ -151,9 +151,14 @@ impl Devices {
     ///
     /// # Errors
     /// The attachment of a device that is not waited for any more.
-    pub fn restore(&self, id: &str, served: Served, attachment: Attachment) -> std::result::Result<(), Attachment> {
+    pub fn restore(
+        &self,
+        id: &str,
+        served: Served,
+        attachment: Attachment,
+    ) -> std::result::Result<(), Box<Attachment>> {
         let mut table = self.table.lock();
-        let Some(Some(place)) = table.get_mut(id) else { return Err(attachment) };
+        let Some(Some(place)) = table.get_mut(id) else { return Err(Box::new(attachment)) };
         let info = DeviceInfo { state: State::Attached, ..place.info() };
         let (info, reopen) = (Mutex::new(info), place.reopen.clone());
         *place = Arc::new(Entry { info, reopen, served: Some(served), attachment: Mutex::new(Some(attachment)) });

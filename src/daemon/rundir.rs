@@ -19,7 +19,7 @@ pub const LOG: &str = "daemon.log";
 const LOG_MAX: u64 = 16 << 20;
 
 /// How long a starting daemon waits for one that is leaving.
-const LEAVING: Duration = Duration::from_secs(3);
+const LEAVING: Duration = Duration::from_secs(10);
 
 const PID: &str = "daemon.pid";
 const START: &str = "start.lock";

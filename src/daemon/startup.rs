@@ -68,9 +68,9 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     std::fs::create_dir_all(&config.root)
         .map_err(|error| Error::io(format!("creating the root directory {}", config.root.display()), error))?;
     let records = Records::open(&config.root.join("devices"))?;
-    let (recoverable, others) = remembered(&records)?.into_iter().partition(|record| recoverable(record));
+    let (left, others): (Vec<_>, _) = remembered(&records)?.into_iter().partition(recoverable);
     let mut earlier = still_lost(&records, others)?;
-    let recovering = to_recover(&config, &records, recoverable)?;
+    let recovering = to_recover(&config, &records, left)?;
     earlier.extend(recovering.iter().cloned());
     own_mount_namespace(&config)?;
     raise_file_limit();
@@ -152,9 +152,9 @@ fn recoverable(record: &Record) -> bool {
 
 /// The recoverable devices, without those whose client died before it had mounted them, and without what is left of
 /// attaching when a daemon was killed in the middle of it.
-fn to_recover(config: &Config, records: &Records, recoverable: Vec<Record>) -> Result<Vec<Record>> {
+fn to_recover(config: &Config, records: &Records, left: Vec<Record>) -> Result<Vec<Record>> {
     let mut kept = Vec::new();
-    for mut record in recoverable {
+    for mut record in left {
         record.device.state = State::Recovering;
         if record.lifetime == Lifetime::Tentative && !is_held(&record.device) {
             records.remove(&record.device.id)?;

@@ -13,7 +13,7 @@ use tokio::task::AbortHandle;
 
 use super::{IO_MAX, Shared};
 use crate::device::{Device, Local};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sys::ublk::{Command, Event, QueueFiles, QueueRing, Request, Waker};
 
 /// A device as its queues see it.
@@ -113,6 +113,18 @@ struct Queue {
     /// Tags that may still get requests.
     live: u16,
     failing: bool,
+    /// Whether the last miss failed, which was said.
+    complained: bool,
+}
+
+impl Queue {
+    /// Says why a reader gets an error; once until reads succeed again.
+    fn complain(&mut self, error: &Error) {
+        if !self.complained {
+            self.complained = true;
+            tracing::warn!("/dev/ublkb{}: a read fails: {error}", self.served.number);
+        }
+    }
 }
 
 /// A place for a request.
@@ -205,7 +217,7 @@ impl QueueThread {
         let fetched = self.ring.fetch(&mut [(slot as u32, &mut files)]);
         // Also when it can't be used: its tags end one by one when the device is removed.
         let tags = (0..depth).map(|_| Tag::default()).collect();
-        let queue = Queue { served, files, tags, live: depth, failing: false };
+        let queue = Queue { served, files, tags, live: depth, failing: false, complained: false };
         if let Some(place) = self.queues.get_mut(slot) {
             *place = Some(queue);
         }
@@ -244,7 +256,10 @@ impl QueueThread {
                 place.waiting = Some((turn, fetch.abort_handle()));
                 Ok(())
             }
-            Err(error) => self.ring.commit(&queue.files, slot, tag, -error.errno()),
+            Err(error) => {
+                queue.complain(&error);
+                self.ring.commit(&queue.files, slot, tag, -error.errno())
+            }
         }
     }
 
@@ -256,8 +271,14 @@ impl QueueThread {
             return Ok(());
         }
         match data {
-            Ok(data) => self.ring.commit_data(&queue.files, slot, tag, data),
-            Err(error) => self.ring.commit(&queue.files, slot, tag, -error.errno()),
+            Ok(data) => {
+                queue.complained = false;
+                self.ring.commit_data(&queue.files, slot, tag, data)
+            }
+            Err(error) => {
+                queue.complain(&error);
+                self.ring.commit(&queue.files, slot, tag, -error.errno())
+            }
         }
     }
 

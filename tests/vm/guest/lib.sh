@@ -10,7 +10,7 @@ mkdir -p "$WORK/mnt"
 die() {
     echo "FAILED: $*"
     echo "---- the daemon's log"
-    tail -n 30 "$WORK/run/daemon.log" "$WORK/daemon.log" 2>/dev/null || true
+    tail -n 150 "$WORK/run/daemon.log" "$WORK/daemon.log" 2>/dev/null || true
     dmesg | tail -n 15
     exit 1
 }
@@ -26,6 +26,9 @@ start_daemon() {
     until_true 20 fr_answers || die "the daemon does not answer"
 }
 fr_answers() { fr list >/dev/null 2>&1 && [ -S "$WORK/run/control.sock" ]; }
+
+
+gone() { ! kill -0 "$1" 2>/dev/null; }
 
 # until_true SECONDS COMMAND…
 until_true() {
