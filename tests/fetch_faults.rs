@@ -18,8 +18,8 @@ use firstread::{Error, Result};
 use hostile::{Answer, Hostile};
 use packs::Pack;
 
-const STALL: Duration = Duration::from_millis(200);
-const ON_OUTAGE: Duration = Duration::from_millis(700);
+const STALL: Duration = Duration::from_millis(400);
+const ON_OUTAGE: Duration = Duration::from_secs(2);
 
 struct Setup {
     server: Hostile,
@@ -216,7 +216,7 @@ async fn a_fault_that_stays_is_an_error_in_time_and_the_service_resumes() {
             let took = started.elapsed();
             let error = results[0].as_ref().expect_err("no data");
             assert!(check(error), "{fault:?} gave {error}");
-            assert!(took < ON_OUTAGE + Duration::from_millis(400), "{fault:?} took {took:?}");
+            assert!(took < ON_OUTAGE * 2, "{fault:?} took {took:?}");
             assert!(error.to_string().contains(setup.server.host()), "{error}");
             setup.server.ever(None);
             setup.check_all(&setup.fetch(&setup.pack.chunks).await);
@@ -301,7 +301,7 @@ async fn every_reader_of_an_outage_has_its_own_deadline() {
         tokio::time::sleep(Duration::from_millis(150)).await;
         let started = Instant::now();
         assert!(setup.fetch(&[setup.pack.chunks[7]]).await[0].is_err());
-        assert!(started.elapsed() < ON_OUTAGE + Duration::from_millis(300), "{:?}", started.elapsed());
+        assert!(started.elapsed() < ON_OUTAGE * 2, "{:?}", started.elapsed());
         assert!(reader.await.unwrap()[0].is_err());
     }
 }

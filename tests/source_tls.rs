@@ -65,7 +65,7 @@ async fn a_registry_with_a_private_authority_is_trusted_when_certs_d_says_so() {
     push(&host, &access).await.unwrap();
 
     for (text, wanted) in
-        [("ca = \"absent.pem\"", "absent.pem"), ("server = ", "hosts.toml"), ("server = \"x\"", "URL")]
+        [("ca = \"absent.pem\"", "absent.pem"), ("server = ", "hosts.toml"), ("server = \"ftp://x\"", "URL")]
     {
         configure(dir, &host, text);
         let error = push(&host, &access).await.unwrap_err().to_string();

@@ -50,7 +50,7 @@ impl Daemon {
                 keep_free: self.pool_keep_free,
                 scrub_rate: self.pool_scrub_rate,
             },
-            fetch: FetchLayer { on_outage: self.on_outage },
+            fetch: FetchLayer { on_outage: self.on_outage, ..FetchLayer::default() },
             ..global.layer()
         };
         let config = config::load(flags, global.config.as_deref())?;

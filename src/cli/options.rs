@@ -10,6 +10,7 @@ use super::Outcome;
 use super::output::Output;
 use crate::daemon::config::{self, Config, Layer, RegistryLayer, Switch};
 use crate::daemon::control::{Kind, Problem, SourceAccess};
+use crate::source::BlobPlace;
 
 /// Options of every verb.
 #[derive(Debug, Clone, Args)]
@@ -52,6 +53,13 @@ pub struct AccessOptions {
     /// Docker's config.json with the credentials
     #[arg(long, value_name = "FILE")]
     pub docker_config: Option<PathBuf>,
+    /// Directory of registries' mirrors and certificates (HOST/hosts.toml) [default: /etc/containerd/certs.d]
+    #[arg(long, value_name = "DIR")]
+    pub hosts_dir: Option<PathBuf>,
+    /// Where blobs are as well, asked before registries: http(s)://, s3://BUCKET/PATH, gs:// or azure://, holding
+    /// blobs/sha256/HEX as an OCI layout does (repeatable; HOST/REPO=URL: only for these images)
+    #[arg(long, value_name = "[NAME=]URL")]
+    pub blobs: Vec<BlobPlace>,
 }
 
 /// What a verb works with.
@@ -87,6 +95,7 @@ impl Context {
             registry: RegistryLayer {
                 plain_http: options.plain_http.then_some(Switch(true)),
                 docker_config: options.docker_config.clone(),
+                ..RegistryLayer::default()
             },
             ..Layer::default()
         };
@@ -96,6 +105,8 @@ impl Context {
         Ok(SourceAccess {
             plain_http: flags.plain_http || self.config.plain_http,
             docker_config: docker_config.map(|path| absolute(&path)).transpose()?,
+            blobs: if options.blobs.is_empty() { self.config.blobs.clone() } else { options.blobs.clone() },
+            hosts_dir: Some(absolute(options.hosts_dir.as_deref().unwrap_or(&self.config.hosts_dir))?),
         })
     }
 }

@@ -14,12 +14,16 @@ use super::control::{Kind, Problem};
 use crate::attach::ublk::{QUEUE_DEPTH_MAX, QUEUES_MAX, UblkOptions};
 pub use crate::fetch::Patience;
 use crate::pool::Amount;
+use crate::source::BlobPlace;
 
 /// Where the configuration is when nobody says otherwise; it need not exist.
 pub const DEFAULT_FILE: &str = "/etc/firstread/config.toml";
 
 /// The environment variable that names the configuration file.
 pub const FILE_VARIABLE: &str = "FIRSTREAD_CONFIG";
+
+/// Where containerd keeps what is said of registries.
+const DEFAULT_HOSTS_DIR: &str = "/etc/containerd/certs.d";
 
 /// What the pool leaves to others of its disk when nobody says otherwise.
 const DEFAULT_KEEP_FREE: Amount = Amount::Percent(5);
@@ -67,6 +71,8 @@ pub struct PoolLayer {
 pub struct FetchLayer {
     /// How long a read waits for a source that is unreachable.
     pub on_outage: Option<Patience>,
+    /// Most bytes a second for work in the background.
+    pub background_limit: Option<Size>,
 }
 
 /// The part `registry` of a [`Layer`].
@@ -77,6 +83,10 @@ pub struct RegistryLayer {
     pub plain_http: Option<Switch>,
     /// The docker configuration with the credentials.
     pub docker_config: Option<PathBuf>,
+    /// containerd's `certs.d`.
+    pub hosts_dir: Option<PathBuf>,
+    /// Further places of blobs.
+    pub blobs: Option<Places>,
 }
 
 /// The part `build` of a [`Layer`].
@@ -140,10 +150,16 @@ pub struct Config {
     pub pool_scrub_rate: Size,
     /// How long a read waits for a source that is unreachable.
     pub on_outage: Patience,
+    /// Most bytes a second for work in the background, such as pinning; 0: no limit.
+    pub background_limit: Size,
     /// HTTP without TLS for every host.
     pub plain_http: bool,
     /// The docker configuration with the credentials.
     pub docker_config: Option<PathBuf>,
+    /// containerd's `certs.d`: mirrors, certificates and headers of registries.
+    pub hosts_dir: PathBuf,
+    /// Further places of blobs, which are asked before registries.
+    pub blobs: Vec<BlobPlace>,
     /// The builder's settings; it has the defaults.
     pub build: BuildLayer,
     /// How ublk devices are set up.
@@ -151,7 +167,7 @@ pub struct Config {
 }
 
 /// Every key, its environment variable, and how it gets into a layer.
-const KEYS: [(&str, &str, Setter); 21] = [
+const KEYS: [(&str, &str, Setter); 24] = [
     ("root", "FIRSTREAD_ROOT", |layer, value| put_path(&mut layer.root, value)),
     ("run", "FIRSTREAD_RUN", |layer, value| put_path(&mut layer.run, value)),
     ("log", "FIRSTREAD_LOG", |layer, value| put(&mut layer.log, value)),
@@ -159,10 +175,17 @@ const KEYS: [(&str, &str, Setter); 21] = [
     ("pool.keep_free", "FIRSTREAD_POOL_KEEP_FREE", |layer, value| put(&mut layer.pool.keep_free, value)),
     ("pool.scrub_rate", "FIRSTREAD_POOL_SCRUB_RATE", |layer, value| put(&mut layer.pool.scrub_rate, value)),
     ("fetch.on_outage", "FIRSTREAD_FETCH_ON_OUTAGE", |layer, value| put(&mut layer.fetch.on_outage, value)),
+    ("fetch.background_limit", "FIRSTREAD_FETCH_BACKGROUND_LIMIT", |layer, value| {
+        put(&mut layer.fetch.background_limit, value)
+    }),
     ("registry.plain_http", "FIRSTREAD_REGISTRY_PLAIN_HTTP", |layer, value| put(&mut layer.registry.plain_http, value)),
     ("registry.docker_config", "FIRSTREAD_REGISTRY_DOCKER_CONFIG", |layer, value| {
         put_path(&mut layer.registry.docker_config, value)
     }),
+    ("registry.hosts_dir", "FIRSTREAD_REGISTRY_HOSTS_DIR", |layer, value| {
+        put_path(&mut layer.registry.hosts_dir, value)
+    }),
+    ("registry.blobs", "FIRSTREAD_REGISTRY_BLOBS", |layer, value| put(&mut layer.registry.blobs, value)),
     ("build.cache", "FIRSTREAD_BUILD_CACHE", |layer, value| put_path(&mut layer.build.cache, value)),
     ("build.cache_limit", "FIRSTREAD_BUILD_CACHE_LIMIT", |layer, value| put(&mut layer.build.cache_limit, value)),
     ("build.limit.plain_bytes", "FIRSTREAD_BUILD_LIMIT_PLAIN_BYTES", |layer, value| {
@@ -245,10 +268,15 @@ impl Layer {
                 keep_free: self.pool.keep_free.or(next.pool.keep_free),
                 scrub_rate: self.pool.scrub_rate.or(next.pool.scrub_rate),
             },
-            fetch: FetchLayer { on_outage: self.fetch.on_outage.or(next.fetch.on_outage) },
+            fetch: FetchLayer {
+                on_outage: self.fetch.on_outage.or(next.fetch.on_outage),
+                background_limit: self.fetch.background_limit.or(next.fetch.background_limit),
+            },
             registry: RegistryLayer {
                 plain_http: self.registry.plain_http.or(next.registry.plain_http),
                 docker_config: self.registry.docker_config.or(next.registry.docker_config),
+                hosts_dir: self.registry.hosts_dir.or(next.registry.hosts_dir),
+                blobs: self.registry.blobs.or(next.registry.blobs),
             },
             build: BuildLayer {
                 cache: self.build.cache.or(next.build.cache),
@@ -284,6 +312,9 @@ impl Layer {
             on_outage: self.fetch.on_outage.unwrap_or(Patience::For(Duration::from_secs(60))),
             plain_http: self.registry.plain_http.is_some_and(|switch| switch.0),
             docker_config: self.registry.docker_config,
+            hosts_dir: self.registry.hosts_dir.unwrap_or_else(|| DEFAULT_HOSTS_DIR.into()),
+            blobs: self.registry.blobs.unwrap_or_default().0,
+            background_limit: self.fetch.background_limit.unwrap_or(Size(0)),
             build: self.build,
             ublk: UblkOptions {
                 queues: self.ublk.queues.map_or(UblkOptions::default().queues, |count| count.0),
@@ -308,7 +339,7 @@ pub fn load(flags: Layer, file: Option<&Path>) -> Result<Config, Problem> {
         None => Layer::default(),
     };
     let mut config = flags.or(environment).or(file).resolve();
-    let mut paths = vec![&mut config.root, &mut config.run];
+    let mut paths = vec![&mut config.root, &mut config.run, &mut config.hosts_dir];
     paths.extend(config.docker_config.as_mut());
     paths.extend(config.build.cache.as_mut());
     for path in paths {
@@ -375,6 +406,18 @@ impl<'de, const MAX: u16> Deserialize<'de> for Count<MAX> {
     }
 }
 
+/// Places of blobs, separated by spaces.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Places(pub Vec<BlobPlace>);
+
+impl FromStr for Places {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.split_whitespace().map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
+
 /// Yes or no.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Switch(pub bool);
@@ -395,6 +438,10 @@ impl FromStr for Switch {
 fn from_toml<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<T, D::Error> {
     let text = match toml::Value::deserialize(deserializer)? {
         toml::Value::String(text) => text,
+        // A list is its parts, separated as in the environment.
+        toml::Value::Array(parts) if parts.iter().all(toml::Value::is_str) => {
+            parts.iter().filter_map(toml::Value::as_str).collect::<Vec<_>>().join(" ")
+        }
         value @ (toml::Value::Integer(_) | toml::Value::Boolean(_)) => value.to_string(),
         value => return Err(de::Error::custom(format!("{value} is neither text, a number nor true or false"))),
     };
@@ -410,7 +457,7 @@ macro_rules! deserialize_from_text {
         }
     )*};
 }
-deserialize_from_text!(Amount, Patience, Size, Switch);
+deserialize_from_text!(Amount, Patience, Places, Size, Switch);
 
 impl Serialize for Patience {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -445,8 +492,30 @@ mod tests {
     #[test]
     fn every_key_has_a_variable_named_after_it() {
         let values = [
-            "/r", "/u", "debug", "5M", "20%", "3M", "wait", "true", "/d", "/c", "1G", "1T", "2T", "3M", "4G", "5K",
-            "6", "7", "8", "2", "128",
+            "/r",
+            "/u",
+            "debug",
+            "5M",
+            "20%",
+            "3M",
+            "wait",
+            "2M",
+            "true",
+            "/d",
+            "/h",
+            "s3://b/p r.example=https://cdn.example",
+            "/c",
+            "1G",
+            "1T",
+            "2T",
+            "3M",
+            "4G",
+            "5K",
+            "6",
+            "7",
+            "8",
+            "2",
+            "128",
         ];
         assert_eq!(values.len(), KEYS.len());
         for ((key, name, set), value) in KEYS.into_iter().zip(values) {
@@ -475,5 +544,7 @@ mod tests {
         assert_eq!("2 GiB".parse(), Ok(Size(2 << 30)));
         assert_eq!("5m".parse(), Ok(Patience::For(Duration::from_secs(300))));
         assert!("soon".parse::<Patience>().is_err());
+        let list: Layer = toml::from_str("[registry]\nblobs = ['s3://b', 'r=gs://c']").unwrap();
+        assert_eq!(list.registry.blobs, "s3://b r=gs://c".parse().ok());
     }
 }

@@ -17,6 +17,7 @@ use super::config::Patience;
 use super::trace::StartupStatus;
 use crate::error::Error;
 use crate::pool::Scrubbed;
+use crate::source::BlobPlace;
 
 /// Version of the protocol. A daemon answers requests of its own version only.
 pub const VERSION: u32 = 1;
@@ -186,6 +187,12 @@ pub struct SourceAccess {
     /// The docker configuration with the credentials.
     #[serde(default)]
     pub docker_config: Option<PathBuf>,
+    /// containerd's `certs.d`; without it the usual one.
+    #[serde(default)]
+    pub hosts_dir: Option<PathBuf>,
+    /// Further places of blobs.
+    #[serde(default)]
+    pub blobs: Vec<BlobPlace>,
 }
 
 /// The arguments of [`Call::Attach`].

@@ -12,7 +12,7 @@ use crate::chunk::Digest;
 use crate::error::Result;
 use crate::fetch::{Image, open_image};
 use crate::oci::{Platform, Reference};
-use crate::source::Access;
+use crate::source::{Access, Connections};
 
 type Key = (String, Digest, SourceAccess, Option<Patience>);
 
@@ -21,13 +21,15 @@ type Key = (String, Digest, SourceAccess, Option<Patience>);
 pub struct Images {
     open: Mutex<HashMap<Key, Weak<Image>>>,
     cache: PathBuf,
+    /// What the images of one host share.
+    connections: Connections,
 }
 
 impl Images {
     /// No image is open; indexes are kept in `cache`.
     #[must_use]
     pub fn new(cache: &Path) -> Self {
-        Self { open: Mutex::default(), cache: cache.to_owned() }
+        Self { open: Mutex::default(), cache: cache.to_owned(), connections: Connections::default() }
     }
 
     /// Opens an image, or finds it open with the same patience: devices of different patience wait each by themselves. The reference is resolved in any case: a tag may have moved.
@@ -40,7 +42,8 @@ impl Images {
         access: &SourceAccess,
         on_outage: Option<Patience>,
     ) -> Result<Arc<Image>> {
-        let image = open_image(reference, &source_access(access), &Platform::host(), &self.cache).await?;
+        let source = Access { connections: self.connections.clone(), ..source_access(access) };
+        let image = open_image(reference, &source, &Platform::host(), &self.cache).await?;
         let image = match on_outage {
             Some(patience) => image.patient(patience),
             None => image,
@@ -68,7 +71,14 @@ impl Images {
 /// The source layer's view of how an image is reached.
 #[must_use]
 pub fn source_access(access: &SourceAccess) -> Access {
-    Access { plain_http: access.plain_http, docker_config: access.docker_config.clone(), ..Access::default() }
+    let default = Access::default();
+    Access {
+        plain_http: access.plain_http,
+        docker_config: access.docker_config.clone(),
+        hosts_dir: access.hosts_dir.clone().unwrap_or_else(|| default.hosts_dir.clone()),
+        blobs: access.blobs.clone(),
+        ..default
+    }
 }
 
 /// Where the verified indexes of the root directory `root` are.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde_json::Value;
@@ -29,6 +30,8 @@ const BETWEEN_PASSES: Duration = Duration::from_secs(10);
 
 /// Chunks that a pin asks for at a time; its memory is so many chunks.
 pub(super) const BATCH: usize = 32;
+/// Batches that are fetched at a time.
+const BATCHES: usize = 3;
 
 /// How long the last chunks of a pin have to get from their fetch into the pool.
 const ADMITTED_WITHIN: Duration = Duration::from_secs(2);
@@ -243,16 +246,23 @@ impl Node {
         job.total.store(bytes, Relaxed);
         chunks.sort_unstable_by_key(|chunk| (chunk.blob, chunk.offset));
         let mut stopping = self.stopping();
-        for batch in chunks.chunks(BATCH) {
+        let owned: Vec<Vec<ChunkRef>> = chunks.chunks(BATCH).map(<[_]>::to_vec).collect();
+        let batches = owned.into_iter().map(|batch| async move {
             let missing: Vec<_> = batch.iter().filter(|chunk| !self.pool.contains(&chunk.digest)).copied().collect();
-            let fetched = tokio::select! {
-                fetched = self.fetcher.fetch(&image.origin, &missing, Priority::Background) => fetched,
-                _ = stopping.wait_for(|&stopping| stopping) => return Err(Error::Stopping("the daemon".to_owned()).into()),
-            };
-            for result in fetched {
+            for result in self.fetcher.fetch(&image.origin, &missing, Priority::Background).await {
                 result?;
             }
-            job.done.fetch_add(batch.iter().map(|chunk| u64::from(chunk.plain_len)).sum(), Relaxed);
+            Ok::<u64, Error>(batch.iter().map(|chunk| u64::from(chunk.plain_len)).sum())
+        });
+        // A batch is on its way while the one before is checked.
+        let mut batches = std::pin::pin!(futures_util::stream::iter(batches).buffered(BATCHES));
+        loop {
+            let fetched = tokio::select! {
+                fetched = batches.next() => fetched,
+                _ = stopping.wait_for(|&stopping| stopping) => return Err(Error::Stopping("the daemon".to_owned()).into()),
+            };
+            let Some(bytes) = fetched.transpose()? else { break };
+            job.done.fetch_add(bytes, Relaxed);
         }
         let count_missing = || chunks.iter().filter(|chunk| !self.pool.contains(&chunk.digest)).count();
         let mut missing = count_missing();

@@ -56,8 +56,7 @@ impl Node {
         let options =
             PoolOptions { limit: config.pool_limit, keep_free: config.pool_keep_free, ..PoolOptions::default() };
         let pool = Arc::new(Pool::open(&config.root.join("pool"), &options)?);
-        let on_outage = config.on_outage.limit();
-        let fetcher = Fetcher::new(Arc::clone(&pool), FetchOptions { on_outage, ..FetchOptions::default() });
+        let fetcher = Fetcher::new(Arc::clone(&pool), options_of(&config));
         let images = Images::new(&index_cache(&config.root));
         let pins = PinnedImages::open(&config.root.join("pins"), &index_cache(&config.root), &pool)?;
         let (devices, jobs) = (Arc::new(Devices::new(records, earlier)), Jobs::default());
@@ -310,6 +309,14 @@ impl Node {
 
     pub(super) fn accepting(&self) -> Result<()> {
         if *self.stop.borrow() { Err(Error::Stopping("the daemon".to_owned())) } else { Ok(()) }
+    }
+}
+
+fn options_of(config: &Config) -> FetchOptions {
+    FetchOptions {
+        on_outage: config.on_outage.limit(),
+        background_limit: Some(config.background_limit.0).filter(|&limit| limit > 0),
+        ..FetchOptions::default()
     }
 }
 

@@ -8,7 +8,9 @@ use tokio::time::Instant;
 
 use super::Origin;
 use super::flight::{Flights, Joined, OriginId, Progress, Sharing};
+use super::gate::Gates;
 use super::queue::Want;
+use super::throttle::Throttle;
 use crate::chunk::{CHUNK_MAX, ChunkRef, STORED_MAX, Verified};
 use crate::error::{Error, Result};
 use crate::pool::Pool;
@@ -34,6 +36,12 @@ pub struct FetchOptions {
     pub on_outage: Option<Duration>,
     /// Most requests in flight for one origin; the last one of several is kept for [`Priority::Demand`].
     pub requests: usize,
+    /// Most requests in flight to one host, over all origins; at least 2.
+    pub host_requests: usize,
+    /// Most bytes a second that all fetches of [`Priority::Background`] may take together; `None`: no limit.
+    pub background_limit: Option<u64>,
+    /// Most stored bytes that one such request asks for while readers are about.
+    pub background_bytes: u64,
     /// Largest gap in bytes between two chunks that are still read by one request; the gap's bytes are discarded.
     pub gap: u64,
     /// Most stored bytes that one request asks for.
@@ -51,6 +59,9 @@ impl Default for FetchOptions {
         Self {
             on_outage: Some(Duration::from_secs(60)),
             requests: 4,
+            host_requests: 8,
+            background_limit: None,
+            background_bytes: 512 << 10,
             gap: 64 << 10,
             request_bytes: 4 << 20,
             read_ahead: 4 << 20,
@@ -72,6 +83,8 @@ pub(super) struct Shared {
     pub flights: Arc<Flights>,
     /// Bounds the chunks that are decoded at a time, and with them the memory that bodies can fill.
     pub decoders: Arc<Semaphore>,
+    pub gates: Gates,
+    pub throttle: Throttle,
 }
 
 /// A chunk that somebody waits for.
@@ -91,6 +104,8 @@ impl Fetcher {
                 options,
                 flights: Arc::default(),
                 decoders: Arc::new(Semaphore::new(decoders)),
+                gates: Gates::new(options.host_requests),
+                throttle: Throttle::new(options.background_limit),
             }),
         })
     }
@@ -162,7 +177,7 @@ impl Shared {
 
     /// Joins the flight for `chunk` or starts one; [`pump`](Self::pump) must follow.
     fn ask(self: &Arc<Self>, origin: &Arc<Origin>, chunk: &ChunkRef, priority: Priority, sharing: Sharing) -> Waiting {
-        match self.flights.join(chunk.digest, sharing, id(origin)) {
+        match self.flights.join(chunk.digest, sharing, id(origin), priority) {
             Joined::Shared { progress, same_origin } => {
                 if same_origin {
                     origin.queue.lock().promote(chunk, priority);

@@ -6,10 +6,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use super::Priority;
 use crate::chunk::{Digest, Verified};
 use crate::error::{Error, Result};
 
@@ -41,6 +43,7 @@ type Key = (Digest, Sharing);
 struct Entry {
     progress: watch::Receiver<Progress>,
     origin: OriginId,
+    urgent: Arc<AtomicBool>,
 }
 
 /// All flights of a fetcher.
@@ -63,15 +66,26 @@ pub(super) enum Joined {
 
 impl Flights {
     /// Joins the flight for `digest`, or starts one.
-    pub(super) fn join(self: &Arc<Self>, digest: Digest, sharing: Sharing, origin: OriginId) -> Joined {
+    pub(super) fn join(
+        self: &Arc<Self>,
+        digest: Digest,
+        sharing: Sharing,
+        origin: OriginId,
+        priority: Priority,
+    ) -> Joined {
         let mut entries = self.entries.lock();
         let key = (digest, sharing);
+        let demanded = priority == Priority::Demand;
         if let Some(entry) = entries.get(&key) {
+            if demanded {
+                entry.urgent.store(true, Ordering::Relaxed);
+            }
             return Joined::Shared { progress: entry.progress.clone(), same_origin: entry.origin == origin };
         }
         let (sender, receiver) = watch::channel(Progress::Pending);
-        entries.insert(key, Entry { progress: receiver.clone(), origin });
-        Joined::First(Ticket { key, sender, flights: Arc::clone(self), listed: true }, receiver)
+        let urgent = Arc::new(AtomicBool::new(demanded));
+        entries.insert(key, Entry { progress: receiver.clone(), origin, urgent: Arc::clone(&urgent) });
+        Joined::First(Ticket { key, sender, flights: Arc::clone(self), listed: true, urgent }, receiver)
     }
 }
 
@@ -82,6 +96,8 @@ pub(super) struct Ticket {
     flights: Arc<Flights>,
     /// Whether the flight can be joined.
     listed: bool,
+    /// Whether a reader waits for it, or did.
+    urgent: Arc<AtomicBool>,
 }
 
 impl Ticket {
@@ -94,6 +110,11 @@ impl Ticket {
     pub(super) fn is_waited_for(&self) -> bool {
         // The entry's own receiver is one.
         self.sender.receiver_count() > 1
+    }
+
+    /// Whether a reader waits for it, or did.
+    pub(super) fn urgent(&self) -> bool {
+        self.urgent.load(Ordering::Relaxed)
     }
 
     /// Closes the flight if nobody waits for it; says so.

@@ -45,7 +45,14 @@ struct SourceState {
     /// How long it is left alone, and until when.
     pause: Duration,
     until: Option<Instant>,
+    /// When it was last said that it fails: a source that comes and goes is not worth an event each time.
+    told: Option<Instant>,
+    /// Whether the current failure was told.
+    telling: bool,
 }
+
+/// A source that comes and goes is an event once in this time.
+const QUIET: Duration = Duration::from_secs(60);
 
 /// How an image's sources are doing.
 #[derive(Clone, Debug, Default)]
@@ -88,6 +95,13 @@ impl Health {
         order
     }
 
+    /// Whether source `number` is not left alone at the moment.
+    pub(super) fn usable(&self, number: usize, now: Instant) -> bool {
+        let left_alone =
+            || self.state.lock().sources.get(number).and_then(|source| source.until).is_some_and(|until| now < until);
+        !self.troubled.load(Ordering::Acquire) || !left_alone()
+    }
+
     /// A request to source `number` failed at `now`. It is left alone for at least `pauses.0` and at most `pauses.1`.
     pub(super) fn failed(&self, number: usize, error: &Error, pauses: (Duration, Duration), now: Instant) {
         let mut state = self.state.lock();
@@ -101,7 +115,13 @@ impl Health {
             source.pause = if source.failing.is_some() { source.pause * 2 } else { pauses.0 }.min(pauses.1);
             source.until = Some(now + source.pause);
         }
-        let first = source.failing.is_none();
+        let first = source.failing.is_none() && source.told.is_none_or(|told| now.duration_since(told) >= QUIET);
+        if source.failing.is_none() {
+            source.telling = first;
+        }
+        if first {
+            source.told = Some(now);
+        }
         source.failing.get_or_insert(Since::at(now));
         drop(state);
         // The trouble of the only source is the origin's.
@@ -128,7 +148,7 @@ impl Health {
         let mut state = self.state.lock();
         let recovered = state.sources.get_mut(number).and_then(|source| {
             (source.until, source.pause) = (None, Duration::ZERO);
-            source.failing.take()
+            source.failing.take().filter(|_| source.telling)
         });
         if state.waiting.is_none() && state.sources.iter().all(|source| source.failing.is_none()) {
             self.troubled.store(false, Ordering::Release);

@@ -12,7 +12,7 @@ use crate::oci::{
     Config, Document, Layers, MAX_CONFIG_BYTES, MAX_DOCUMENT_BYTES, Platform, Reference, descriptor_digest,
 };
 use crate::source::files::{blocking, read_small, replace};
-use crate::source::{Access, Purpose, RawDocument, Repository, Source};
+use crate::source::{Access, RawDocument, Repository, Source, open_places};
 
 /// Most image indexes that list one another on the way to a manifest.
 const MAX_NESTING: u32 = 4;
@@ -58,9 +58,9 @@ pub async fn open_image(
     platform: &Platform,
     cache_dir: &Path,
 ) -> Result<Image> {
-    let repository = Arc::new(Repository::open(reference, access, Purpose::Read).await?);
+    let places = Places(Repository::open_all(reference, access).await?.into_iter().map(Arc::new).collect());
     let cache = Cache::open(cache_dir).await?;
-    let mut raw = resolve(&repository, &cache, reference).await?;
+    let mut raw = resolve(&places, &cache, reference).await?;
     let mut nesting = 0;
     let manifest = loop {
         match Document::parse(&raw.bytes, &raw.media_type)? {
@@ -70,15 +70,15 @@ pub async fn open_image(
             }
             Document::Index(index) => {
                 nesting += 1;
-                let entry = Document::pick(&index, platform, repository.name())?;
+                let entry = Document::pick(&index, platform, places.name())?;
                 let digest = descriptor_digest(entry)?;
-                raw = document(&repository, &cache, &digest, entry.media_type().as_ref()).await?;
+                raw = document(&places, &cache, &digest, entry.media_type().as_ref()).await?;
             }
         }
     };
     let layers = Layers::of(&manifest)?;
-    let config = config(&repository, &cache, &manifest).await?;
-    let index = Arc::new(index(&repository, &cache, &layers).await?);
+    let config = config(&places, &cache, &manifest).await?;
+    let index = Arc::new(index(&places, &cache, &layers).await?);
     let blobs: Vec<Blob> = index.blobs().collect();
     for blob in &blobs {
         if !layers.packs.iter().any(|(_, digest, bytes)| *digest == blob.digest && *bytes == blob.bytes) {
@@ -87,7 +87,9 @@ pub async fn open_image(
             return Err(Error::invalid(format!("image {reference}"), reason));
         }
     }
-    let origin = Arc::new(Origin::new(blobs, vec![repository as Arc<dyn Source>]).indexed(&index));
+    let mut sources = open_places(reference, access)?;
+    sources.extend(places.sources());
+    let origin = Arc::new(Origin::new(blobs, sources).indexed(&index));
     Ok(Image { reference: reference.clone(), manifest_digest: raw.digest, layers, index, origin, config })
 }
 
@@ -138,15 +140,58 @@ pub async fn open_known(reference: &Reference, platform: &Platform, cache_dir: &
     Ok(KnownImage { manifest_digest: digest, index: index.await?.ok_or_else(|| missing("index"))? })
 }
 
+/// Where an image is, best first.
+struct Places(Vec<Arc<Repository>>);
+
+impl Places {
+    /// For people.
+    fn name(&self) -> &str {
+        self.0.last().map_or("", |place| place.name())
+    }
+
+    fn sources(self) -> Vec<Arc<dyn Source>> {
+        self.0.into_iter().map(|place| place as Arc<dyn Source>).collect()
+    }
+
+    /// What the reference names: of the places that may be asked for that.
+    async fn manifest(&self) -> Result<RawDocument> {
+        let may = self.0.iter().filter(|place| place.resolves());
+        first(may, |place| async move { place.manifest().await }).await
+    }
+
+    /// Asks one place after the other until one has the right answer.
+    async fn ask<T, F: Future<Output = Result<T>>>(&self, ask: impl Fn(Arc<Repository>) -> F) -> Result<T> {
+        first(self.0.iter(), ask).await
+    }
+}
+
+/// The first good answer, or else the last place's error: that is the registry itself.
+async fn first<'a, T, F: Future<Output = Result<T>>>(
+    places: impl Iterator<Item = &'a Arc<Repository>>,
+    ask: impl Fn(Arc<Repository>) -> F,
+) -> Result<T> {
+    let mut earlier: Option<Error> = None;
+    for place in places {
+        if let Some(error) = earlier.take() {
+            tracing::warn!(%error, "asking {} instead", place.name());
+        }
+        match ask(Arc::clone(place)).await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => earlier = Some(error),
+        }
+    }
+    Err(earlier.unwrap_or_else(|| Error::unreachable("the image", "it has no source")))
+}
+
 /// The document that the reference names, and a note of it for a time without the registry.
-async fn resolve(repository: &Repository, cache: &Cache, reference: &Reference) -> Result<RawDocument> {
+async fn resolve(places: &Places, cache: &Cache, reference: &Reference) -> Result<RawDocument> {
     if let Reference::Registry(reference) = reference
         && let Some(digest) = &reference.digest
     {
-        return document(repository, cache, digest, "").await;
+        return document(places, cache, digest, "").await;
     }
     let note = cache.note(reference);
-    match repository.manifest().await {
+    match places.manifest().await {
         Ok(raw) => {
             cache.keep(&raw.digest, &raw.bytes).await?;
             let (path, digest) = (note, raw.digest.to_string());
@@ -167,21 +212,24 @@ async fn resolve(repository: &Repository, cache: &Cache, reference: &Reference) 
     }
 }
 
-async fn document(repository: &Repository, cache: &Cache, digest: &Digest, media_type: &str) -> Result<RawDocument> {
+async fn document(places: &Places, cache: &Cache, digest: &Digest, media_type: &str) -> Result<RawDocument> {
     if let Some(bytes) = cache.find(digest, MAX_DOCUMENT_BYTES).await? {
         return Ok(RawDocument { bytes, digest: *digest, media_type: media_type.to_owned() });
     }
-    let raw = repository.manifest_by_digest(digest).await?;
+    let digest = *digest;
+    let raw = places.ask(|place| async move { place.manifest_by_digest(&digest).await }).await?;
     cache.keep(&raw.digest, &raw.bytes).await?;
     Ok(raw)
 }
 
-async fn config(repository: &Repository, cache: &Cache, manifest: &oci_spec::image::ImageManifest) -> Result<Config> {
+async fn config(places: &Places, cache: &Cache, manifest: &oci_spec::image::ImageManifest) -> Result<Config> {
     let digest = descriptor_digest(manifest.config())?;
     let raw = match cache.find(&digest, MAX_CONFIG_BYTES).await? {
         Some(raw) => raw,
         None => {
-            let raw = repository.small_blob(&digest, manifest.config().size(), MAX_CONFIG_BYTES).await?;
+            let bytes = manifest.config().size();
+            let raw =
+                places.ask(|place| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await }).await?;
             cache.keep(&digest, &raw).await?;
             raw
         }
@@ -189,7 +237,7 @@ async fn config(repository: &Repository, cache: &Cache, manifest: &oci_spec::ima
     Config::parse(raw)
 }
 
-async fn index(repository: &Repository, cache: &Cache, layers: &Layers) -> Result<Index> {
+async fn index(places: &Places, cache: &Cache, layers: &Layers) -> Result<Index> {
     let layer = &layers.index;
     let (path, digest) = (cache.path(&layer.index_digest, "index"), layer.index_digest);
     if let Some(index) = blocking({
@@ -203,7 +251,11 @@ async fn index(repository: &Repository, cache: &Cache, layers: &Layers) -> Resul
     let mut tries = TRIES;
     loop {
         tries -= 1;
-        match unpack_index(repository, layer, &path).await {
+        let unpack = |place: Arc<Repository>| {
+            let path = &path;
+            async move { unpack_index(&place, layer, path).await }
+        };
+        match places.ask(unpack).await {
             Err(error @ (Error::Unreachable { .. } | Error::WrongBytes { .. })) if tries > 0 => {
                 tracing::warn!(%error, "fetching the index again");
             }

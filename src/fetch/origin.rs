@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::FetchOptions;
 use super::ahead::{Ahead, Order};
 use super::health::{Health, HealthReport};
+use super::hedge::Hedging;
 use super::log::{Fetched, Log, Startup};
 use super::patience::Patience;
 use super::queue::{MAX_SOURCES, Queue};
@@ -19,7 +20,7 @@ use crate::index::{Blob, Index};
 use crate::source::Source;
 
 /// Most chunks that are remembered as reported; more go unreported.
-const MAX_REPORTED: usize = 4096;
+const MAX_REPORTED: usize = 1024;
 
 /// Where the chunks of one image come from.
 pub struct Origin {
@@ -32,9 +33,10 @@ pub struct Origin {
     /// Where the image's chunks are; without it nothing is read ahead.
     order: Option<Arc<Order>>,
     ahead: Mutex<Ahead>,
+    pub(super) hedging: Hedging,
     pub(super) queue: Mutex<Queue>,
-    /// Chunks that no source has right, of which there was an event.
-    reported: Mutex<HashSet<Digest>>,
+    /// Chunks that a source (by number) or no source (`None`) has right, of which there was an event.
+    reported: Mutex<HashSet<(Digest, Option<usize>)>>,
     pub(super) log: Log,
     pub(super) startup: Startup,
 }
@@ -53,6 +55,7 @@ impl Origin {
             health,
             order: None,
             ahead: Mutex::default(),
+            hedging: Hedging::default(),
             queue: Mutex::default(),
             reported: Mutex::default(),
             log: Log::default(),
@@ -109,10 +112,14 @@ impl Origin {
         self.health.report()
     }
 
-    /// True the first time that it is asked for a chunk.
-    pub(super) fn report_once(&self, digest: &Digest) -> bool {
+    /// True the first time that it is asked for a chunk, and the source that has it wrong or all of them.
+    pub(super) fn report_once(&self, digest: &Digest, source: Option<usize>) -> bool {
         let mut reported = self.reported.lock();
-        reported.len() < MAX_REPORTED && reported.insert(*digest)
+        let first = reported.len() < MAX_REPORTED && reported.insert((*digest, source));
+        if first && reported.len() == MAX_REPORTED {
+            tracing::warn!("further wrong chunks of this image are not logged: run `firstread verify` on it");
+        }
+        first
     }
 
     /// The blobs, by number.
@@ -153,6 +160,7 @@ pub struct Counters {
     pub(super) bytes: AtomicU64,
     pub(super) startup_bytes: AtomicU64,
     pub(super) requests: AtomicU64,
+    pub(super) hedges: AtomicU64,
     pub(super) failed: AtomicU64,
     pub(super) verify_failures: AtomicU64,
     waits: AtomicU64,
@@ -172,6 +180,8 @@ pub struct CounterValues {
     pub startup_bytes: u64,
     /// Requests to sources.
     pub requests: u64,
+    /// Requests of these to a further source, because the first one was slower than usual.
+    pub hedges: u64,
     /// Chunks whose fetch ended in an error.
     pub failed: u64,
     /// Times that bytes were not what the index promised.
@@ -204,6 +214,7 @@ impl Counters {
             bytes: get(&self.bytes),
             startup_bytes: get(&self.startup_bytes),
             requests: get(&self.requests),
+            hedges: get(&self.hedges),
             failed: get(&self.failed),
             verify_failures: get(&self.verify_failures),
             waits: Waits {

@@ -16,11 +16,30 @@ use super::queue::Want;
 use super::{Origin, Priority};
 use crate::error::Error;
 
+/// Wrong bytes may have been damaged on the way: their source is asked once more, but after all others.
+#[derive(Clone, Copy)]
+enum Round {
+    First,
+    Again,
+}
+
+impl Round {
+    /// Whether source `number` is asked for a chunk in this round.
+    fn asks(self, want: &Want, number: usize) -> bool {
+        let (once, twice) = (want.wrong_once >> number & 1 != 0, want.wrong_sources >> number & 1 != 0);
+        match self {
+            Self::First => !once,
+            Self::Again => once && !twice,
+        }
+    }
+}
+
 impl Shared {
     /// Starts as many requests as may run.
     pub(super) fn pump(self: &Arc<Self>, origin: &Arc<Origin>) {
         loop {
-            let batch = origin.queue.lock().start(&self.options);
+            let background = self.background_bytes(origin);
+            let batch = origin.queue.lock().start(&self.options, background);
             let Some(batch) = batch else { return };
             let (shared, origin) = (Arc::clone(self), Arc::clone(origin));
             tokio::spawn(async move {
@@ -29,6 +48,14 @@ impl Shared {
                 shared.pump(&origin);
             });
         }
+    }
+
+    /// Most bytes of one request in the background: while readers are about, few, so that they need not wait long.
+    fn background_bytes(&self, origin: &Origin) -> u64 {
+        let first = origin.health.order(Instant::now()).first().and_then(|&number| origin.sources().get(number));
+        let readers = first.is_some_and(|source| self.gates.of(source.host()).recently_in_demand());
+        let most = self.options.request_bytes;
+        if readers { most.min(self.options.background_bytes) } else { most }
     }
 
     async fn serve(self: &Arc<Self>, origin: &Arc<Origin>, batch: Vec<Want>) {
@@ -70,9 +97,11 @@ impl Shared {
         for want in &mut left {
             want.earlier = want.trouble.take();
         }
-        for number in origin.health.order(Instant::now()) {
-            let (asked, mut skipped): (Vec<_>, Vec<_>) =
-                left.into_iter().partition(|want| want.wrong_sources & 1 << number == 0);
+        let order = origin.health.order(Instant::now());
+        let mut turns: Vec<(Round, usize)> = order.iter().map(|&number| (Round::First, number)).collect();
+        turns.extend(order.iter().map(|&number| (Round::Again, number)));
+        for (round, number) in turns {
+            let (asked, mut skipped): (Vec<_>, Vec<_>) = left.into_iter().partition(|want| round.asks(want, number));
             if !asked.is_empty() {
                 skipped.extend(self.request(origin, number, asked, give_up).await);
                 skipped.sort_unstable_by_key(|want| want.chunk.offset);
@@ -132,7 +161,7 @@ impl Shared {
 
             let batch = {
                 let mut queue = origin.queue.lock();
-                let batch = queue.take(&self.options, Priority::Background);
+                let batch = queue.take(&self.options, Priority::Background, self.options.request_bytes);
                 if batch.is_none() {
                     queue.up();
                 }

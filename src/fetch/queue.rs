@@ -110,25 +110,28 @@ impl Queue {
 
     /// Takes the next request if another one may run; [`done`](Self::done) must follow. The chunks are in order of
     /// offset and don't overlap.
-    pub(super) fn start(&mut self, options: &FetchOptions) -> Option<Vec<Want>> {
+    pub(super) fn start(&mut self, options: &FetchOptions, background_bytes: u64) -> Option<Vec<Want>> {
         let limit = options.requests.max(1);
         if self.down_since.is_some() || self.running >= limit {
             return None;
         }
         // The last slot is kept for readers that wait.
         let urgent_only = limit > 1 && self.running + 1 == limit;
-        let batch = self.take(options, if urgent_only { Priority::Demand } else { Priority::Background })?;
+        let least = if urgent_only { Priority::Demand } else { Priority::Background };
+        let batch = self.take(options, least, background_bytes)?;
         self.running += 1;
         Some(batch)
     }
 
     /// Takes the next request of at least the priority `least`, whatever runs.
-    pub(super) fn take(&mut self, options: &FetchOptions, least: Priority) -> Option<Vec<Want>> {
+    ///
+    /// A request that is in the background alone asks for `background_bytes` at most.
+    pub(super) fn take(&mut self, options: &FetchOptions, least: Priority, background_bytes: u64) -> Option<Vec<Want>> {
         for level in 0..=least as usize {
             while let Some(place) = self.order.get_mut(level).and_then(VecDeque::pop_front) {
                 let current = |want: &Want| want.priority as usize == level;
                 if self.waiting.get(&place).is_some_and(current) {
-                    return Some(self.batch(place, options));
+                    return Some(self.batch(place, options, background_bytes));
                 }
             }
         }
@@ -136,13 +139,17 @@ impl Queue {
     }
 
     /// The chunk at `seed` and its neighbours.
-    fn batch(&mut self, seed: Place, options: &FetchOptions) -> Vec<Want> {
+    fn batch(&mut self, seed: Place, options: &FetchOptions, background_bytes: u64) -> Vec<Want> {
         let Some(first) = self.waiting.remove(&seed) else { return Vec::new() };
         if first.alone() {
             return vec![first];
         }
+        let most = match first.priority {
+            Priority::Background => background_bytes,
+            _ => options.request_bytes,
+        };
         let (mut start, mut end) = (first.chunk.offset, first.end());
-        let fits = |start: u64, end: u64| end - start <= options.request_bytes;
+        let fits = |start: u64, end: u64| end - start <= most;
         let mut places = Vec::new();
         for (place, want) in self.waiting.range(seed..(seed.0, u64::MAX, u64::MAX)) {
             let near = want.chunk.offset.checked_sub(end).is_some_and(|gap| gap <= options.gap);

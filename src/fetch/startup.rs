@@ -87,7 +87,8 @@ impl Shared {
 
     /// Starts a flight for each chunk that nobody fetches yet.
     fn board(&self, origin: &Arc<Origin>, chunks: Vec<ChunkRef>) -> Vec<Want> {
-        let board = |chunk: ChunkRef| match self.flights.join(chunk.digest, Sharing::All, id(origin)) {
+        let board = |chunk: ChunkRef| match self.flights.join(chunk.digest, Sharing::All, id(origin), Priority::Startup)
+        {
             Joined::First(ticket, _) => Some(Want::new(chunk, ticket, Priority::Startup)),
             Joined::Shared { .. } => None,
         };

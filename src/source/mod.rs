@@ -2,6 +2,9 @@
 
 pub(crate) mod files;
 mod layout;
+#[cfg(feature = "objects")]
+mod objects;
+mod places;
 #[cfg(feature = "registry")]
 mod registry;
 mod repository;
@@ -16,8 +19,13 @@ use crate::error::Result;
 use crate::index::Blob;
 
 pub use layout::Layout;
+#[cfg(feature = "objects")]
+pub use objects::Objects;
+#[cfg(any(feature = "registry", feature = "objects"))]
+use places::blob_path;
+pub use places::{BlobPlace, open_places};
 #[cfg(feature = "registry")]
-pub use registry::Registry;
+pub use registry::{Connections, Registry, Web};
 pub use repository::{Access, Content, Publish, Purpose, RawDocument, Repository};
 
 /// The body of a ranged read: pieces as they arrive. Ends after exactly the bytes asked for, or with an error.
@@ -30,6 +38,11 @@ pub type SourceFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + '
 pub trait Source: Send + Sync {
     /// For people: `registry.example/team/app`, `oci:/path`. Errors and events name the source by it.
     fn name(&self) -> &str;
+
+    /// What its requests share with other sources of the same name: a host, a disk.
+    fn host(&self) -> &str {
+        self.name()
+    }
 
     /// Starts to read `len` stored bytes from `offset` of `blob`.
     ///

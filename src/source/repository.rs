@@ -28,6 +28,11 @@ pub struct Access {
     pub connect: Duration,
     /// Longest wait without progress: for an answer to begin, and between two pieces of it.
     pub stall: Duration,
+    /// Further places of blobs, which are asked before registries.
+    pub blobs: Vec<super::BlobPlace>,
+    /// What repositories of one host share.
+    #[cfg(feature = "registry")]
+    pub connections: super::Connections,
 }
 
 impl Default for Access {
@@ -38,6 +43,9 @@ impl Default for Access {
             hosts_dir: "/etc/containerd/certs.d".into(),
             connect: Duration::from_secs(10),
             stall: Duration::from_secs(20),
+            blobs: Vec::new(),
+            #[cfg(feature = "registry")]
+            connections: super::Connections::default(),
         }
     }
 }
@@ -105,6 +113,32 @@ impl Repository {
             other => {
                 Err(Error::Unsupported(format!("{other} is neither in a registry nor in an OCI layout (oci:DIR)")))
             }
+        }
+    }
+
+    /// Opens all places to read what `reference` names from, best first: a registry's mirrors, then the registry.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open).
+    #[cfg_attr(not(feature = "registry"), allow(unused_variables))]
+    pub async fn open_all(reference: &Reference, access: &Access) -> Result<Vec<Self>> {
+        match reference {
+            #[cfg(feature = "registry")]
+            Reference::Registry(reference) => {
+                let all = Registry::with_mirrors(reference, access)?;
+                Ok(all.into_iter().map(|registry| Self::Registry(Box::new(registry))).collect())
+            }
+            other => Ok(vec![Self::open(other, access, Purpose::Read).await?]),
+        }
+    }
+
+    /// Whether it may be asked what a tag stands for; a mirror may be too old for that.
+    #[must_use]
+    pub fn resolves(&self) -> bool {
+        match self {
+            #[cfg(feature = "registry")]
+            Self::Registry(registry) => registry.resolves(),
+            Self::Layout(_) => true,
         }
     }
 
@@ -222,6 +256,14 @@ impl Source for Repository {
             #[cfg(feature = "registry")]
             Self::Registry(registry) => registry.name(),
             Self::Layout(layout) => layout.name(),
+        }
+    }
+
+    fn host(&self) -> &str {
+        match self {
+            #[cfg(feature = "registry")]
+            Self::Registry(registry) => registry.host(),
+            Self::Layout(layout) => layout.host(),
         }
     }
 

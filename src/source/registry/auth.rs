@@ -52,7 +52,6 @@ pub(super) struct Authorization {
 /// Where grants come from.
 #[derive(Clone)]
 struct Issuer {
-    name: String,
     host: String,
     plain_http: bool,
     config: Option<PathBuf>,
@@ -77,7 +76,6 @@ impl Auth {
     /// No grants yet. `plain_http` says that the registry itself is spoken to without TLS: only then may a token
     /// server be, too.
     pub(super) fn new(
-        name: String,
         base: &Url,
         host: String,
         config: Option<PathBuf>,
@@ -85,7 +83,7 @@ impl Auth {
         timeouts: Timeouts,
     ) -> Self {
         let plain_http = base.scheme() == "http";
-        Self { issuer: Arc::new(Issuer { name, host, plain_http, config, client, timeouts }), state: Mutex::default() }
+        Self { issuer: Arc::new(Issuer { host, plain_http, config, client, timeouts }), state: Mutex::default() }
     }
 
     /// The header for a request of `scope`; none until the registry has asked for one.
@@ -211,7 +209,7 @@ impl Issuer {
     }
 
     fn refused(&self, reason: String) -> Error {
-        Error::Refused { source_name: self.name.clone(), what: "access".to_owned(), reason }
+        Error::Refused { source_name: self.host.clone(), what: "access".to_owned(), reason }
     }
 }
 

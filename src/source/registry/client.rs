@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
-use parking_lot::Mutex;
 use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, LOCATION, RANGE, RETRY_AFTER};
 use reqwest::{Method, Response, StatusCode, Url};
 use tokio::time::Instant;
 
-use super::auth::{Auth, Authorization};
+use super::auth::Authorization;
+use super::connections::Link;
 use super::hosts::Host;
 use super::redirects::Redirects;
 use super::wire::{self, Timeouts};
@@ -51,64 +51,53 @@ impl Call {
     }
 }
 
-/// Speaks to one registry.
+/// Speaks to one host on behalf of one repository.
 pub(super) struct Client {
-    http: reqwest::Client,
-    auth: Auth,
+    link: Arc<Link>,
     base: Url,
-    /// For the registry alone.
-    headers: HeaderMap,
+    /// The registry that the host is a mirror of.
+    namespace: Option<String>,
     name: String,
-    timeouts: Timeouts,
     redirects: Redirects,
-    /// The registry asked to be left alone until then.
-    not_before: Mutex<Option<Instant>>,
 }
 
 impl Client {
-    /// A client for the registry `host` (with port); `name` names the repository in errors.
-    pub(super) fn new(host: &str, name: &str, access: &Access) -> Result<Self> {
-        let loopback = is_loopback(host);
-        let scheme = if loopback || access.plain_http { "http" } else { "https" };
-        let server = if host == "docker.io" { "registry-1.docker.io" } else { host };
-        let settings = Host::load(&access.hosts_dir, host)?;
-        let server = settings.server.clone().unwrap_or_else(|| format!("{scheme}://{server}"));
-        let path = if settings.override_path { "/" } else { "/v2/" };
-        let base = Url::parse(&format!("{}{path}", server.trim_end_matches('/')))
-            .ok()
-            .filter(|base| matches!(base.scheme(), "http" | "https") && base.has_host())
-            .ok_or_else(|| Error::invalid(format!("registry {host:?}"), format!("{server:?} is not its URL")))?;
-        let timeouts = Timeouts { connect: access.connect, stall: access.stall };
-        let mut builder = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(access.connect)
-            .user_agent(concat!("firstread/", env!("CARGO_PKG_VERSION")));
-        builder = settings.apply(builder)?;
-        if loopback {
-            builder = builder.no_proxy();
-        }
-        let http = builder.build().map_err(|error| Error::unreachable(name, wire::describe(&error)))?;
-        let auth =
-            Auth::new(name.to_owned(), &base, host.to_owned(), access.docker_config.clone(), http.clone(), timeouts);
+    /// A client for `host`; `name` names the repository in errors.
+    ///
+    /// # Errors
+    /// Certificates or headers that are malformed.
+    pub(super) fn new(host: &Host, name: &str, access: &Access) -> Result<Self> {
         Ok(Self {
-            headers: settings.headers()?,
-            http,
-            auth,
-            base,
+            link: access.connections.link(host, access)?,
+            base: host.base.clone(),
+            namespace: host.namespace.clone(),
             name: name.to_owned(),
-            timeouts,
             redirects: Redirects::default(),
-            not_before: Mutex::new(None),
         })
     }
 
+    /// The source's name, for people.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Host and port.
+    pub(super) fn host(&self) -> &str {
+        self.base.authority()
+    }
+
     pub(super) fn timeouts(&self) -> Timeouts {
-        self.timeouts
+        self.link.timeouts
     }
 
     /// `path` below `/v2/`.
     pub(super) fn url(&self, path: &str) -> Result<Url> {
-        self.base.join(path).map_err(|error| Error::invalid(format!("path {path:?}"), error.to_string()))
+        let mut url =
+            self.base.join(path).map_err(|error| Error::invalid(format!("path {path:?}"), error.to_string()))?;
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        Ok(url)
     }
 
     /// Sends `call` and returns the answer if `accept` takes its status, else the error that it means.
@@ -116,12 +105,12 @@ impl Client {
         if let Some(response) = self.shortcut(call, &accept).await {
             return Ok(response);
         }
-        self.wait_until_welcome().await;
+        self.wait_until_welcome().await?;
         // Three tries: without authorization, with a grant that has meanwhile been revoked, with a new one.
         let mut tries = 3;
         loop {
             tries -= 1;
-            let authorization = self.auth.authorization(&call.scope).await?;
+            let authorization = self.link.auth.authorization(&call.scope).await?;
             let (response, at_home) = self.follow(call, authorization.as_ref()).await?;
             if accept(response.status()) {
                 if call.keeps_redirect() && !at_home {
@@ -131,13 +120,13 @@ impl Client {
             }
             if response.status() == StatusCode::UNAUTHORIZED
                 && at_home
-                && self.auth.refused(authorization.as_ref(), response.headers())
+                && self.link.auth.refused(authorization.as_ref(), response.headers())
                 && tries > 0
             {
                 continue;
             }
             self.note_retry_after(&response);
-            return Err(wire::error_of(response, &self.name, &call.what, self.timeouts).await);
+            return Err(wire::error_of(response, &self.name, &call.what, self.link.timeouts).await);
         }
     }
 
@@ -149,8 +138,8 @@ impl Client {
     /// Asks where the registry redirected to before. Whatever goes wrong there, the registry is asked again.
     async fn shortcut(&self, call: &Call, accept: &impl Fn(StatusCode) -> bool) -> Option<Response> {
         let url = self.redirects.get(&call.url).filter(|_| call.keeps_redirect())?;
-        let request = self.http.request(call.method.clone(), url).headers(call.headers.clone());
-        match wire::send(request, &self.name, self.timeouts).await {
+        let request = self.link.http.request(call.method.clone(), url).headers(call.headers.clone());
+        match wire::send(request, &self.name, self.link.timeouts).await {
             Ok(response) if accept(response.status()) => Some(response),
             _ => {
                 self.redirects.forget(&call.url);
@@ -165,15 +154,15 @@ impl Client {
         let mut url = call.url.clone();
         let mut at_home = url.origin() == self.base.origin();
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.http.request(call.method.clone(), url.clone()).headers(call.headers.clone());
+            let mut request = self.link.http.request(call.method.clone(), url.clone()).headers(call.headers.clone());
             if at_home {
-                request = request.headers(self.headers.clone());
+                request = request.headers(self.link.headers.clone());
             }
             if let Some(authorization) = authorization.filter(|_| at_home) {
                 request = request.header(AUTHORIZATION, authorization.header.clone());
             }
             let response = match &call.content {
-                None => wire::send(request, &self.name, self.timeouts).await?,
+                None => wire::send(request, &self.name, self.link.timeouts).await?,
                 Some((content, bytes)) => self.upload(request, content, *bytes).await?,
             };
             if !response.status().is_redirection() || call.content.is_some() {
@@ -203,9 +192,9 @@ impl Client {
         tokio::pin!(send);
         let (mut seen, mut waited) = (0, Duration::ZERO);
         loop {
-            match tokio::time::timeout(self.timeouts.stall, &mut send).await {
+            match tokio::time::timeout(self.link.timeouts.stall, &mut send).await {
                 Ok(answer) => return answer.map_err(|error| Error::unreachable(&self.name, wire::describe(&error))),
-                Err(_) => waited += self.timeouts.stall,
+                Err(_) => waited += self.link.timeouts.stall,
             }
             let now = sent.load(Ordering::Relaxed);
             if now > seen {
@@ -217,11 +206,16 @@ impl Client {
         }
     }
 
-    async fn wait_until_welcome(&self) {
-        let until = *self.not_before.lock();
-        if let Some(until) = until {
-            tokio::time::sleep_until(until).await;
+    /// Waits as long as the host asked for; a mirror is not waited for, since there are others.
+    async fn wait_until_welcome(&self) -> Result<()> {
+        let until = *self.link.not_before.lock();
+        let Some(until) = until.filter(|until| *until > Instant::now()) else { return Ok(()) };
+        if self.namespace.is_some() {
+            let seconds = (until - Instant::now()).as_secs() + 1;
+            return Err(Error::unreachable(&self.name, format!("it asked to be left alone for {seconds} s more")));
         }
+        tokio::time::sleep_until(until).await;
+        Ok(())
     }
 
     fn note_retry_after(&self, response: &Response) {
@@ -230,7 +224,7 @@ impl Client {
         }
         let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         if let Some(seconds) = seconds {
-            *self.not_before.lock() = Some(Instant::now() + Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+            *self.link.not_before.lock() = Some(Instant::now() + Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
         }
     }
 
@@ -255,28 +249,4 @@ fn counted(
     reqwest::Body::wrap_stream(stream.inspect_ok(move |piece| {
         sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
     }))
-}
-
-/// Whether `host` (with an optional port) is this machine by its name: no TLS is asked for.
-fn is_loopback(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or_default(),
-        None => host.split(':').next().unwrap_or_default(),
-    };
-    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_loopback;
-
-    #[test]
-    fn loopback_hosts_are_recognised() {
-        for host in ["localhost", "localhost:5000", "127.0.0.1:1", "127.9.8.7", "[::1]", "[::1]:5000"] {
-            assert!(is_loopback(host), "{host}");
-        }
-        for host in ["localhost.example", "128.0.0.1", "[::2]:1", "127.0.0.1.example:5000", "10.0.0.1"] {
-            assert!(!is_loopback(host), "{host}");
-        }
-    }
 }

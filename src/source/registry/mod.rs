@@ -6,16 +6,22 @@
 mod auth;
 mod challenge;
 mod client;
+mod connections;
 mod credentials;
 mod hosts;
 mod push;
+mod range;
 mod redirects;
+mod web;
 mod wire;
 
-use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE};
-use reqwest::{Method, Response, StatusCode};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
+use reqwest::{Method, StatusCode};
 
 use self::client::{Call, Client};
+pub use self::connections::Connections;
+use self::hosts::{Capability, Host};
+pub use self::web::Web;
 use super::{Access, Body, Purpose, RawDocument, Source, SourceFuture};
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
@@ -31,22 +37,51 @@ pub struct Registry {
     name: String,
     scope: String,
     client: Client,
+    /// How often a request that must not fail is tried.
+    tries: u32,
+    resolves: bool,
 }
 
 impl Registry {
     /// A client for what `reference` names; nothing is sent yet.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a host that is none, [`Error::Unreachable`] when TLS can't be set up.
+    /// [`Error::Invalid`] for a host that is none, or settings of it that are malformed; [`Error::Unreachable`] when TLS
+    /// can't be set up.
     pub fn new(reference: &RegistryReference, access: &Access, purpose: Purpose) -> Result<Self> {
-        let name = format!("{}/{}", reference.host, reference.repository);
+        let (server, _) = hosts(reference, access)?;
+        Self::at(&server, reference, access, purpose, TRIES)
+    }
+
+    /// Clients to read what `reference` names: its registry's mirrors in their order, then the registry.
+    ///
+    /// # Errors
+    /// As of [`new`](Self::new).
+    pub fn with_mirrors(reference: &RegistryReference, access: &Access) -> Result<Vec<Self>> {
+        let (server, mirrors) = hosts(reference, access)?;
+        let mut all = Vec::new();
+        for mirror in mirrors.iter().filter(|mirror| mirror.can(Capability::Pull)) {
+            // The next one is the second try.
+            all.push(Self::at(mirror, reference, access, Purpose::Read, 1)?);
+        }
+        all.push(Self { resolves: true, ..Self::at(&server, reference, access, Purpose::Read, TRIES)? });
+        Ok(all)
+    }
+
+    fn at(host: &Host, reference: &RegistryReference, access: &Access, purpose: Purpose, tries: u32) -> Result<Self> {
+        let name = format!("{}/{}", host.name, reference.repository);
         let actions = match purpose {
             Purpose::Read => "pull",
             Purpose::Push => "pull,push",
         };
         let scope = format!("repository:{}:{actions}", reference.repository);
-        let client = Client::new(&reference.host, &name, access)?;
-        Ok(Self { reference: reference.clone(), name, scope, client })
+        let client = Client::new(host, &name, access)?;
+        Ok(Self { reference: reference.clone(), name, scope, client, tries, resolves: host.can(Capability::Resolve) })
+    }
+
+    /// Whether it may be asked what a tag stands for.
+    pub(super) fn resolves(&self) -> bool {
+        self.resolves
     }
 
     /// The manifest that the reference names, or the one with `digest`.
@@ -60,7 +95,7 @@ impl Registry {
         {
             call.headers.append(ACCEPT, HeaderValue::from_static(accepted));
         }
-        let (headers, bytes) = retry(|| async {
+        let (headers, bytes) = retry(self.tries, || async {
             let response = self.client.send(&call, |status| status == StatusCode::OK).await?;
             let headers = response.headers().clone();
             let body = wire::read_bounded(response, MAX_DOCUMENT_BYTES, &self.name, self.client.timeouts()).await?;
@@ -82,33 +117,11 @@ impl Registry {
     pub(super) async fn exists(&self, digest: &Digest) -> Result<bool> {
         let url = self.client.url(&format!("{}/blobs/{digest}", self.reference.repository))?;
         let call = Call::new(Method::HEAD, url, format!("blob {digest}"), &self.scope);
-        match retry(|| self.client.send(&call, |status| status == StatusCode::OK)).await {
+        match retry(self.tries, || self.client.send(&call, |status| status == StatusCode::OK)).await {
             Ok(_) => Ok(true),
             Err(Error::NotFound { .. }) => Ok(false),
             Err(error) => Err(error),
         }
-    }
-
-    async fn range(&self, blob: &Blob, offset: u64, len: u64) -> Result<Body> {
-        let last = offset.checked_add(len).filter(|&end| len > 0 && end <= blob.bytes).map(|end| end - 1);
-        let last = last.ok_or_else(|| {
-            Error::invalid(
-                "range",
-                format!("{len} bytes from {offset} are not inside blob {} of {} bytes", blob.digest, blob.bytes),
-            )
-        })?;
-        let what = format!("bytes {offset} to {last} of blob {}", blob.digest);
-        let url = self.client.url(&format!("{}/blobs/{}", self.reference.repository, blob.digest))?;
-        let mut call = Call::new(Method::GET, url, what.clone(), &self.scope);
-        call.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        let range = HeaderValue::try_from(format!("bytes={offset}-{last}"));
-        call.headers.insert(RANGE, range.map_err(|error| Error::invalid("range", error.to_string()))?);
-        let response = self.client.send(&call, |status| status.is_success()).await?;
-        check_range_answer(&response, blob, offset, len).map_err(|reason| {
-            self.client.forget_redirect(&call);
-            Error::Refused { source_name: self.name.clone(), what, reason }
-        })?;
-        Ok(wire::body(response, len, self.name.clone(), self.client.timeouts()))
     }
 }
 
@@ -117,60 +130,29 @@ impl Source for Registry {
         &self.name
     }
 
+    fn host(&self) -> &str {
+        self.client.host()
+    }
+
     fn read_at<'a>(&'a self, blob: &'a Blob, offset: u64, len: u64) -> SourceFuture<'a, Body> {
         Box::pin(async move {
-            if len == 0 {
-                return Ok(Box::pin(futures_util::stream::empty()) as Body);
-            }
-            self.range(blob, offset, len).await
+            let url = self.client.url(&format!("{}/blobs/{}", self.reference.repository, blob.digest))?;
+            range::read(&self.client, url, &self.scope, blob, offset, len).await
         })
     }
 }
 
-/// Checks that the head of an answer promises exactly the range that was asked for (RFC 9110, section 15.3.7).
-fn check_range_answer(response: &Response, blob: &Blob, offset: u64, len: u64) -> Result<(), String> {
-    let headers = response.headers();
-    match response.status() {
-        StatusCode::PARTIAL_CONTENT => {
-            let found = content_range(headers).ok_or("it answered 206 without a valid Content-Range")?;
-            if found.first != offset || found.last.checked_sub(offset) != Some(len - 1) {
-                return Err(format!("it answered with bytes {} to {}", found.first, found.last));
-            }
-            if found.total.is_some_and(|total| total != blob.bytes) {
-                return Err(format!("its blob has {:?} bytes, not {}", found.total, blob.bytes));
-            }
-        }
-        StatusCode::OK if offset == 0 && len == blob.bytes => {}
-        StatusCode::OK => return Err("it ignores Range: it answered 200 with the whole blob".to_owned()),
-        status => return Err(format!("it answered {status}")),
-    }
-    match wire::content_length(headers) {
-        Some(bytes) if bytes != len => Err(format!("it announces {bytes} bytes where {len} were asked for")),
-        _ => Ok(()),
-    }
+/// The registry of `reference` and its mirrors.
+fn hosts(reference: &RegistryReference, access: &Access) -> Result<(Host, Vec<Host>)> {
+    Host::load(&access.hosts_dir, &reference.host, |host| {
+        if access.plain_http || wire::is_loopback(host) { "http" } else { "https" }
+    })
 }
 
-struct ContentRange {
-    first: u64,
-    last: u64,
-    total: Option<u64>,
-}
-
-/// `Content-Range: bytes FIRST-LAST/TOTAL`, where the total may be `*`.
-fn content_range(headers: &HeaderMap) -> Option<ContentRange> {
-    let (range, total) = headers.get(CONTENT_RANGE)?.to_str().ok()?.strip_prefix("bytes ")?.split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    let total = match total.trim() {
-        "*" => None,
-        total => Some(total.parse().ok()?),
-    };
-    Some(ContentRange { first: first.trim().parse().ok()?, last: last.trim().parse().ok()?, total })
-}
-
-/// Tries again, a few times, what failed for a cause that may pass.
-async fn retry<T, F: Future<Output = Result<T>>>(mut attempt: impl FnMut() -> F) -> Result<T> {
+/// Tries again, `tries` times in all, what failed for a cause that may pass.
+async fn retry<T, F: Future<Output = Result<T>>>(tries: u32, mut attempt: impl FnMut() -> F) -> Result<T> {
     let mut pause = std::time::Duration::from_millis(200);
-    for _ in 1..TRIES {
+    for _ in 1..tries {
         match attempt().await {
             Err(Error::Unreachable { source_name, reason }) => {
                 tracing::debug!(source = source_name, reason, "trying again");

@@ -16,7 +16,7 @@ impl Registry {
         if self.exists(digest).await? {
             return Ok(());
         }
-        retry(|| async {
+        retry(self.tries, || async {
             let start = self.uploads_call(digest, &self.scope)?;
             let response = self.client.send(&start, |status| status == StatusCode::ACCEPTED).await?;
             let mut url = self.upload_url(&start.url, &response)?;
@@ -73,7 +73,7 @@ impl Registry {
         let kind = HeaderValue::try_from(media_type);
         call.headers.insert(CONTENT_TYPE, kind.map_err(|error| Error::invalid("media type", error.to_string()))?);
         call.content = Some((Content::Bytes(Bytes::copy_from_slice(bytes)), bytes.len() as u64));
-        let response = retry(|| self.client.send(&call, |status| status == StatusCode::CREATED)).await?;
+        let response = retry(self.tries, || self.client.send(&call, |status| status == StatusCode::CREATED)).await?;
         let stored = response.headers().get("docker-content-digest").and_then(|value| value.to_str().ok());
         match stored {
             Some(stored) if stored != digest.to_string() => {
