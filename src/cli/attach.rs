@@ -20,7 +20,7 @@ pub struct Attach {
 }
 
 /// Options of attaching, shared with `mount`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct AttachOptions {
     /// How the kernel sees the device
     #[arg(long, default_value = "auto", value_name = "TRANSPORT", value_parser = ["auto", "ublk", "nbd", "loop"])]
@@ -30,7 +30,7 @@ pub struct AttachOptions {
     on_outage: Option<Patience>,
     /// Read-ahead of the device in KiB until its program is ready [default: what its start was recorded with, or 128]
     #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(0..=16384))]
-    read_ahead: Option<u32>,
+    pub read_ahead: Option<u32>,
     #[command(flatten)]
     pub access: AccessOptions,
 }

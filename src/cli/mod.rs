@@ -22,6 +22,7 @@ mod prove;
 mod ready;
 mod record;
 mod reference;
+mod report;
 mod status;
 mod stop;
 mod unpin;
@@ -79,6 +80,8 @@ enum Verb {
     Record(record::Record),
     /// Write what a start read, in order, to a file; or merge such files
     Profile(profile::Profile),
+    /// Explain a start on a page: waits, files, what came too early and too late
+    Report(report::Report),
     /// Say that the program on a device is ready: its start is over
     Ready(ready::Ready),
     /// Fetch all of an image and keep it: afterwards it starts with the registry gone
@@ -129,6 +132,8 @@ fn dispatch(arguments: Arguments) -> Outcome {
         return build::exec("build", &verb.after(&global));
     }
     if let Verb::Optimize(verb) = arguments.verb {
+        // It keeps nothing in the root directory.
+        let global = Global { root: None, config: None, ..global };
         return build::exec("optimize", &verb.after(&global));
     }
     if let Verb::RecordInside(verb) = arguments.verb {
@@ -147,6 +152,7 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Status(verb) => verb.run(&context),
         Verb::Record(verb) => verb.run(&context),
         Verb::Profile(verb) => verb.run(&context),
+        Verb::Report(verb) => verb.run(&context),
         Verb::Ready(verb) => verb.run(&context),
         Verb::Pin(verb) => verb.run(&context),
         Verb::Unpin(verb) => verb.run(&context),

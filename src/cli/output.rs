@@ -70,6 +70,12 @@ impl Output {
         }
     }
 
+    /// Whether the answer is a JSON document.
+    #[must_use]
+    pub fn is_json(&self) -> bool {
+        self.form == Form::Json
+    }
+
     /// Whether remarks and progress are wanted.
     #[must_use]
     pub fn talks(&self) -> bool {

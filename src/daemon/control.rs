@@ -88,6 +88,20 @@ pub enum Call {
         /// The device: its id, device path or mountpoint.
         target: String,
     },
+    /// How much of a device is local. → [`Filling`](super::explore::Filling)
+    Filling {
+        /// The device: its id, device path or mountpoint.
+        target: String,
+        /// In how many parts, at most [`CELLS_MAX`](super::explore::CELLS_MAX).
+        cells: u32,
+    },
+    /// What blocks hold. → [`ProfilePage`], the first one; [`Call::ProfileMore`] has the others
+    Locate {
+        /// The device: its id, device path or mountpoint.
+        target: String,
+        /// First block and length.
+        ranges: Vec<(u32, u32)>,
+    },
     /// What a device's start waited for, chunk by chunk. → [`Trace`](super::trace::Trace)
     Trace {
         /// The device: its id, device path or mountpoint.

@@ -9,6 +9,7 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod devices;
+pub mod explore;
 pub mod exports;
 pub mod images;
 pub mod jobs;

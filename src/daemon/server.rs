@@ -196,6 +196,12 @@ impl Connection {
             Call::List => value(&node.list()),
             Call::Status { target } => value(&node.status(target.as_deref()).await?),
             Call::Ready { target } => value(&node.ready(&target)?),
+            Call::Filling { target, cells } => value(&node.filling(&target, cells).await?),
+            Call::Locate { target, ranges } => {
+                let text = node.locate(&target, ranges).await?;
+                *self.profile.lock() = Some(Arc::clone(&text));
+                value(&page(&text, 0))
+            }
             Call::Trace { target } => value(&node.trace(&target).await?),
             Call::Profile { target, until } => {
                 let text = node.profile(&target, until).await?;
