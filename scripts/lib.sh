@@ -384,28 +384,3 @@ mount_and_run() {
     fr mount --plain-http --json "$1" "$MOUNT" >"$WORK/mount.json" 2>>"$LOGS/mount.log"
     chroot_app "$MOUNT"
 }
-
-# start_curl PATH: the root file system as a raw ext4 image behind plain HTTP, read by nbdkit's curl plugin.
-start_curl() {
-    local dir before start
-    dir=$(mktemp -d "$WORK/curl-XXXXXX")
-    mkdir "$dir/mnt"
-    defer stop_pidfile "$dir/nbdkit.pid"
-    drop_caches
-    before=$(node_received)
-    start=$(now)
-    until_ready "$start" "$LOGS/curl.log" curl_and_run "$dir" "http://$REGISTRY_NODE$1"
-    RECEIVED=$(($(node_received) - before))
-    release_under "$WORK"
-    stop_pidfile "$dir/nbdkit.pid"
-}
-curl_and_run() {
-    local loop
-    in_ns "$NODE" nbdkit --readonly --unix "$1/sock" --pidfile "$1/nbdkit.pid" curl "$2" >>"$LOGS/nbdkit.log" 2>&1
-    : >"$1/disk"
-    setsid nbdfuse --readonly --pidfile "$1/nbdfuse.pid" "$1/disk" --unix "$1/sock" >>"$LOGS/nbdfuse.log" 2>&1 &
-    wait_for 20 test -s "$1/nbdfuse.pid"
-    loop=$(losetup --find --show --read-only "$1/disk")
-    mount -o ro,noload "$loop" "$1/mnt"
-    chroot_app "$1/mnt"
-}
