@@ -1,5 +1,6 @@
-//! Hits in the pool beside pread(2) on the same file, taking turns in one process, so that what else the machine does
-//! slows both. One JSON object a workload on standard output: speeds and their ratio, medians of the rounds.
+//! Hits in the pool beside pread(2) on the same file, taking turns in one process. One JSON object a workload on standard
+//! output: reads a second, and the ratio of reads for each second that the threads were on a processor, which does not
+//! depend on what else the machine does; medians of the rounds.
 //!
 //! `scripts/bench pool` runs it. `pool_hits --reads N` only reads N times from the pool, for counting instructions.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -72,8 +73,8 @@ impl Bench {
         assert_eq!(self.pool.read(&self.digests[chunk as usize], skip as u32, buf), Lookup::Hit);
     }
 
-    /// Operations a second of `threads` threads that do `work` for one turn.
-    fn turn(&self, threads: usize, work: impl Fn(&Self, &mut Random, &mut [u8], &mut u64) + Sync) -> f64 {
+    /// What `threads` threads that do `work` for one turn reach: operations a second, and a second of processor time.
+    fn turn(&self, threads: usize, work: impl Fn(&Self, &mut Random, &mut [u8], &mut u64) + Sync) -> (f64, f64) {
         let (barrier, done) = (Barrier::new(threads + 1), AtomicBool::new(false));
         std::thread::scope(|scope| {
             let running: Vec<_> = (0..threads as u64)
@@ -82,6 +83,7 @@ impl Bench {
                     scope.spawn(move || {
                         let (mut random, mut buf, mut at) = (Random(seed), vec![0; 1 << 20], seed * CHUNKS / 8);
                         barrier.wait();
+                        let began = worked();
                         let mut count = 0_u64;
                         while !done.load(Relaxed) {
                             for _ in 0..16 {
@@ -89,7 +91,7 @@ impl Bench {
                             }
                             count += 16;
                         }
-                        count
+                        (count, worked() - began)
                     })
                 })
                 .collect();
@@ -97,8 +99,9 @@ impl Bench {
             let started = Instant::now();
             std::thread::sleep(TURN);
             done.store(true, Relaxed);
-            let count: u64 = running.into_iter().map(|thread| thread.join().unwrap()).sum();
-            count as f64 / started.elapsed().as_secs_f64()
+            let done = running.into_iter().map(|thread| thread.join().unwrap());
+            let (count, work) = done.fold((0, 0.0), |sum, (count, work)| (sum.0 + count, sum.1 + work));
+            (count as f64 / started.elapsed().as_secs_f64(), count as f64 / work)
         })
     }
 }
@@ -111,6 +114,12 @@ fn random_hit(bench: &Bench, random: &mut Random, buf: &mut [u8], _: &mut u64) {
 fn random_pread(bench: &Bench, random: &mut Random, buf: &mut [u8], _: &mut u64) {
     let at = random.below(bench.len / BLOCK);
     bench.file.read_exact_at(&mut buf[..BLOCK as usize], at * BLOCK).unwrap();
+}
+
+/// Seconds that this thread was on a processor.
+fn worked() -> f64 {
+    let times = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    times.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
 }
 
 /// 1 MiB: four chunks.
@@ -156,9 +165,9 @@ fn main() {
             } else {
                 (bench.turn(threads, sequential_hit), bench.turn(threads, sequential_pread))
             };
-            hits.push(hit);
-            preads.push(pread);
-            ratios.push(hit / pread);
+            hits.push(hit.0);
+            preads.push(pread.0);
+            ratios.push(hit.1 / pread.1);
         }
         let (hit, pread, ratio) = (median(hits), median(preads), median(ratios));
         println!(
