@@ -24,7 +24,7 @@ pub struct User {
 /// # Errors
 /// A name that is not in them.
 pub fn look_up(wanted: Option<&str>) -> Result<User, String> {
-    let read = |path| File::open(path).map(|file| lines(file)).unwrap_or_default();
+    let read = |path| File::open(path).map(lines).unwrap_or_default();
     resolve(wanted.unwrap_or("0"), &read("/etc/passwd"), &read("/etc/group"))
 }
 
