@@ -12,7 +12,8 @@ mod nodes;
 mod program;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use built::{Layout, request, run, shell, tool, try_build};
 use nodes::{Compare, assert_same};
@@ -85,6 +86,48 @@ fn a_partition_of_an_attached_disk_mounts() {
     let error = node.fails(1, &["mount", &reference, node.mount_point("whole").to_str().unwrap()]);
     assert!(error.contains("raw"), "{error}");
     node.done(&["detach", attached["id"].as_str().unwrap()]);
+}
+
+/// The same disk for a client of the network: its partition table and the file system on it.
+#[test]
+fn a_partition_of_an_exported_disk_is_read() {
+    let temp = TempDir::new().unwrap();
+    let node = Node::new();
+    shell(temp.path(), DISK);
+    let (layout, _) = build(temp.path(), "disk");
+    let socket = temp.path().join("nbd.sock");
+    let (reference, listen) = (format!("oci:{}:t", layout.0.display()), format!("unix:{}", socket.display()));
+    let mut server = node.command(&["export", &reference, "--nbd", &listen]).stdout(Stdio::null()).spawn().unwrap();
+    for _ in 0..400 {
+        if socket.exists() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let copied = std::panic::catch_unwind(|| {
+        shell(
+            temp.path(),
+            &format!("nbdcopy '{uri}' copy; cmp disk copy; nbdinfo --size '{uri}' | grep -qx {}", 64 << 20),
+        );
+        // A filter that finds the partition by itself serves it to a second client.
+        shell(
+            temp.path(),
+            &format!(
+                "nbdkit -r -U - --filter=partition nbd uri='{uri}' partition=1 --run 'nbdcopy \"$uri\" part-copy'; cmp part part-copy"
+            ),
+        );
+    });
+    server.kill().unwrap();
+    server.wait().unwrap();
+    copied.unwrap();
+    let part = Partition::of(temp.path().join("copy").to_str().unwrap(), 1 << 20);
+    let mount = node.mount_point("copied");
+    tool("mount", ["-t", "ext4", "-o", "ro,noload", &part.0, mount.to_str().unwrap()]);
+    let mut found = nodes::read(&mount);
+    tool("umount", [&mount]);
+    found.retain(|path, _| !path.starts_with(b"lost+found"));
+    assert_same(&nodes::read(&temp.path().join("tree")), &found, Compare::AcrossFileSystems);
 }
 
 /// Neither holes nor zeros are stored, and chunks are cut at multiples of their size wherever the data begins.

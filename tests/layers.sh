@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Real layers: images of Debian and PyPI packages, each a layer more than the one before it, as umoci finds the changes of a
+# Real layers: images of Debian, PyPI and npm packages, each a layer more than the one before it, as umoci finds the changes of a
 # tree (whiteouts included). What is mounted must be what umoci and containerd's overlayfs unpack, node by node.
 set -euo pipefail
 # shellcheck source=../scripts/lib.sh
 . "$(dirname "$(readlink -f "$0")")/../scripts/lib.sh"
 
 need_root
-need_tools umoci skopeo containerd ctr getfattr setcap dpkg-deb python3 jq
+need_tools umoci skopeo containerd ctr getfattr setcap dpkg-deb python3 npm jq
 FIRSTREAD=${FIRSTREAD:-$TARGET/debug/firstread}
 [ -x "$FIRSTREAD" ] || die "$FIRSTREAD is missing: cargo build"
 begin layers
@@ -25,6 +25,12 @@ deb() {
     done
 }
 wheel() { python3 -m pip install --quiet --no-deps --no-compile --upgrade --root-user-action=ignore --target "$tree/opt/python" "$@" >>"$LOGS/pip.log" 2>&1; }
+
+# What is installed is exactly what is named, with all that it needs; what is there and no longer needed goes.
+npm_install() {
+    mkdir -p "$tree/srv/web"
+    npm install --prefix "$tree/srv/web" --cache "$WORK/npm" --no-audit --no-fund --ignore-scripts --loglevel=error "$@" >>"$LOGS/npm.log" 2>&1
+}
 
 # A directory that a layer changes without listing it has the time of unpacking in containerd.
 without_directory_times() { sed -E 's/^(\S+ d \S+ \S+) .*/\1/' "$1"; }
@@ -109,6 +115,9 @@ kinds() {
     setfattr -n user.note -v text "$tree/etc/app/deep"
 }
 modules() { deb node-semver node-lru-cache node-yallist; }
+web() { npm_install express@4.17.3 chalk@4.1.2; }
+web_upgrade() { npm_install express@4.21.2 chalk@5.3.0; }
+web_prune() { npm_install --omit=dev && (cd "$tree/srv/web" && npm uninstall --cache "$WORK/npm" --no-audit --no-fund --loglevel=error express >>"$LOGS/npm.log" 2>&1); }
 rename() { mv "$tree/usr/share/nodejs" "$tree/usr/lib/nodejs"; }
 everything() {
     ln -s ../lib/nodejs "$tree/usr/share/nodejs"
@@ -129,7 +138,7 @@ directories_to_others() {
     umoci new --image "$layout:base"
     umoci unpack --image "$layout:base" "$bundle"
 } >>"$LOGS/umoci.log" 2>&1
-for change in base capabilities upgrade replace remove restore links kinds modules rename everything; do
+for change in base capabilities upgrade replace remove restore links kinds modules web web_upgrade web_prune rename everything; do
     image "$change" "$change"
 done
 REFUSED=yes image directories directories_to_others
