@@ -19,6 +19,7 @@ pub mod mounts;
 pub mod node;
 pub mod pins;
 pub mod proof;
+mod propagation;
 pub mod records;
 mod recovery;
 pub mod rundir;

@@ -67,12 +67,14 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     let run_dir = RunDir::lock(&config.run)?;
     std::fs::create_dir_all(&config.root)
         .map_err(|error| Error::io(format!("creating the root directory {}", config.root.display()), error))?;
+    // Before anything is asked of ublk: the kernel answers with threads of its own in this process, which stay where they
+    // were made.
+    let namespace = own_mount_namespace(&config)?;
     let records = Records::open(&config.root.join("devices"))?;
     let (left, others): (Vec<_>, _) = remembered(&records)?.into_iter().partition(recoverable);
     let mut earlier = still_lost(&records, others)?;
     let recovering = to_recover(&config, &records, left)?;
     earlier.extend(recovering.iter().cloned());
-    own_mount_namespace(&config)?;
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
@@ -94,6 +96,9 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
         }
         let keeper = tokio::spawn(super::keeping::keep(Arc::clone(&node)));
         let watcher = tokio::spawn(signals.watch(Arc::clone(&node)));
+        if namespace == Namespace::Own {
+            super::propagation::watch(&node)?;
+        }
         server::serve(listener, Arc::clone(&node)).await;
         watcher.abort();
         keeper.abort();
@@ -119,14 +124,24 @@ fn raise_file_limit() {
     let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
+/// Which mount namespace the daemon is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Namespace {
+    /// One of its own.
+    Own,
+    /// That of whoever started it.
+    Shared,
+}
+
 /// Enters a mount namespace of its own. Who may not can't attach devices either, and serves exports.
-fn own_mount_namespace(config: &Config) -> Result<()> {
+fn own_mount_namespace(config: &Config) -> Result<Namespace> {
     match enter_private_mount_namespace(&[&config.root, &config.run]) {
+        Ok(()) => Ok(Namespace::Own),
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
             tracing::info!("no privileges: exports only");
-            Ok(())
+            Ok(Namespace::Shared)
         }
-        outcome => outcome,
+        Err(error) => Err(error),
     }
 }
 

@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 /// Devices that transports make; a server must not keep what is on them mounted.
 const SERVED: [&str; 3] = ["/dev/loop", "/dev/nbd", "/dev/ublkb"];
 
+/// How many devices are looked through that lie on one another.
+const DEVICES_DEEP: u32 = 8;
+
 /// Moves the calling thread, and the threads it starts from now on, into a mount namespace of its own, and detaches in
 /// it every mount of a device as transports make them, but those that a path of `keep` lies on.
 ///
@@ -77,6 +80,44 @@ pub fn enter_mount_namespace() -> Result<()> {
     let failed = |errno: rustix::io::Errno| Error::io("make a mount namespace", io::Error::from(errno));
     // SAFETY: as above.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(failed)
+}
+
+/// Detaches, in the calling thread's mount namespace, every mount of the block devices at `devices`, and of devices that lie
+/// on them. Mounts made elsewhere arrive where they are shared (see [`enter_private_mount_namespace`]): a server that kept
+/// its own devices mounted could have to answer a request of theirs while it ends, and never end.
+///
+/// Only for a namespace of one's own.
+///
+/// # Errors
+/// A table of mounts that can't be read.
+pub fn detach_mounts_of(devices: &[PathBuf]) -> Result<()> {
+    let table = std::fs::read_to_string("/proc/thread-self/mountinfo")
+        .map_err(|error| Error::io("read /proc/thread-self/mountinfo", error))?;
+    let names: Vec<_> = devices.iter().filter_map(|path| path.file_name()).collect();
+    for line in table.lines().rev() {
+        let mut fields = line.split(' ').skip(2);
+        let (Some(number), Some(point)) = (fields.next(), fields.nth(1)) else { continue };
+        if !lies_on(&Path::new("/sys/dev/block").join(number), &names, DEVICES_DEEP) {
+            continue;
+        }
+        let point = unescape(point);
+        match rustix::mount::unmount(&point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            // Gone with the mount above it, or unmounted outside meanwhile.
+            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            Err(errno) => tracing::warn!("detach {} from the own mount namespace: {errno}", point.display()),
+        }
+    }
+    Ok(())
+}
+
+/// Whether the block device in sysfs is one of those with these names, or a device mapper's on one.
+fn lies_on(device: &Path, names: &[&std::ffi::OsStr], deep: u32) -> bool {
+    let Ok(found) = device.canonicalize() else { return false };
+    if found.file_name().is_some_and(|name| names.contains(&name)) {
+        return true;
+    }
+    let below = std::fs::read_dir(found.join("slaves"));
+    deep > 0 && below.into_iter().flatten().flatten().any(|entry| lies_on(&entry.path(), names, deep - 1))
 }
 
 fn is_needed(point: &Path, source: &str, keep: &[PathBuf]) -> bool {

@@ -40,6 +40,8 @@ fr detach "$id"
 # By force: whoever reads gets an error, nobody hangs.
 fr mount --quiet --transport ublk "$IMAGE" "$WORK/mnt" >/dev/null
 head -c 1 "$WORK/mnt/numbers" >/dev/null
+# Or it could have to answer its own device while it ends.
+until_true 10 free_of_mounts || die "the daemon has its own device mounted"
 fr detach --force "$WORK/mnt" || die "force"
 drop_caches
 ! cat "$WORK"/mnt/size-* >/dev/null 2>&1 || die "a device that is gone was read"

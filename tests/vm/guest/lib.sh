@@ -59,3 +59,5 @@ use_image() {
 check_tree() { (cd "$1" && sha256sum --quiet --strict -c "$WORK/sums"); }
 drop_caches() { echo 3 >/proc/sys/vm/drop_caches; }
 json() { jq -er "$1"; }
+# Whether the daemon's mount namespace has no mount of a device that it may serve, nor of one on such.
+free_of_mounts() { ! grep -qE ' - \S+ /dev/(ublkb|loop|nbd|mapper/)' "/proc/$(daemon_pid)/mountinfo"; }
