@@ -30,7 +30,7 @@ pub struct Daemon {
     /// How long a read waits for an unreachable source, e.g. 60s, or `wait` [setting fetch.on_outage; default: 60s]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
-    /// Take over from the daemon that runs: readers of its ublk devices wait for a moment and go on
+    /// Take over from the daemon that runs: readers of its ublk and NBD devices wait for a moment and go on
     #[arg(long)]
     replace: bool,
     /// Started by a verb, which waits for a line on standard output
@@ -72,9 +72,8 @@ fn replace(run: &Path) -> Outcome {
     let stopped: Stopped = client.call(Call::HandOver)?;
     if !stopped.stopping {
         let message = format!("process {old} can't hand these devices over:\n  {}", stopped.in_use.join("\n  "));
-        return Err(
-            Problem::new(Kind::Busy, message).hint("unmount them first; only ublk devices outlive their daemon")
-        );
+        return Err(Problem::new(Kind::Busy, message)
+            .hint("unmount them first; only ublk and NBD devices outlive their daemon"));
     }
     client.wait_for_end();
     if !wait_until_free(run, LEAVING) {

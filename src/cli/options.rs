@@ -134,8 +134,7 @@ pub fn absolute(path: &std::path::Path) -> Outcome<PathBuf> {
 /// # Errors
 /// A filter that can't be parsed.
 pub fn start_log(filter: &str) -> Outcome {
-    // fuser warns of every request that a kernel need not get an answer to.
-    let filter = EnvFilter::try_new(format!("fuser=error,{filter}")).map_err(|error| {
+    let filter = EnvFilter::try_new(filter).map_err(|error| {
         Problem::new(Kind::Usage, format!("the log level {filter:?}: {error}"))
             .hint("write error, warn, info, debug or trace, or a filter such as info,firstread::fetch=debug")
     })?;

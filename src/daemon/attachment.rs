@@ -7,9 +7,11 @@ use tokio::runtime::Handle;
 
 use super::config::Config;
 use super::control::{DeviceInfo, InUse};
-use crate::attach::holders::{Holder, describe};
+use crate::attach::holders::{self, Holder, describe};
 use crate::attach::loop_device::{self, LoopAttachment, LoopOptions};
+use crate::attach::nbd::kernel::{self, Identifier, NbdAttachment, NbdDeviceOptions};
 use crate::attach::ublk::{self, Mark, Recovered, UblkAttachment, UblkServer, Users};
+use crate::chunk::Digest;
 use crate::device::Device;
 use crate::error::{Error, Result};
 
@@ -18,19 +20,22 @@ use crate::error::{Error, Result};
 pub enum Transport {
     /// ublk.
     Ublk,
+    /// The kernel's NBD client.
+    Nbd,
     /// A FUSE file under a loop device.
     Loop,
 }
 
 impl Transport {
     /// All that this build has, best first.
-    const ALL: [Self; 2] = [Self::Ublk, Self::Loop];
+    const ALL: [Self; 3] = [Self::Ublk, Self::Nbd, Self::Loop];
 
     /// Its name on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Ublk => "ublk",
+            Self::Nbd => "nbd",
             Self::Loop => "loop",
         }
     }
@@ -45,7 +50,7 @@ impl Transport {
     #[must_use]
     pub fn recovers(self) -> bool {
         match self {
-            Self::Ublk => true,
+            Self::Ublk | Self::Nbd => true,
             Self::Loop => false,
         }
     }
@@ -55,6 +60,9 @@ impl Transport {
 pub struct Transports {
     runtime: Handle,
     ublk: Arc<UblkServer>,
+    nbd: NbdDeviceOptions,
+    /// What tells this node's NBD devices from others.
+    node: String,
 }
 
 impl Transports {
@@ -62,7 +70,7 @@ impl Transports {
     #[must_use]
     pub fn new(config: &Config, runtime: Handle) -> Self {
         let ublk = UblkServer::new(config.ublk, mark(&config.root), runtime.clone());
-        Self { runtime, ublk }
+        Self { runtime, ublk, nbd: config.nbd, node: node(&config.root) }
     }
 }
 
@@ -72,11 +80,19 @@ fn mark(root: &Path) -> Mark {
     Mark::of(root.as_os_str().as_encoded_bytes())
 }
 
+/// The same as text.
+fn node(root: &Path) -> String {
+    let root = root.canonicalize().unwrap_or_else(|_| root.to_owned());
+    Digest::of(root.as_os_str().as_encoded_bytes()).hex()[..16].to_owned()
+}
+
 /// A device that a kernel sees.
 #[derive(Debug)]
 pub enum Attachment {
     /// Through [`Transport::Ublk`].
     Ublk(UblkAttachment),
+    /// Through [`Transport::Nbd`].
+    Nbd(NbdAttachment),
     /// Through [`Transport::Loop`].
     Loop(LoopAttachment),
 }
@@ -97,6 +113,11 @@ impl Attachment {
             let device = Arc::clone(device);
             let attached = match transport {
                 Transport::Ublk => ublk::attach(&transports.ublk, device, read_ahead_kb).map(Self::Ublk),
+                Transport::Nbd => {
+                    let options = NbdDeviceOptions { read_ahead_kb, ..transports.nbd };
+                    let identifier = Identifier::new(&transports.node, device.size());
+                    kernel::attach(device, identifier, options, transports.runtime.clone()).map(Self::Nbd)
+                }
                 Transport::Loop => {
                     let options = LoopOptions { read_ahead_kb, ..LoopOptions::default() };
                     loop_device::attach(device, options, transports.runtime.clone()).map(Self::Loop)
@@ -119,12 +140,21 @@ impl Attachment {
     /// # Errors
     /// What the transport says; it may be tried again.
     pub fn recover(info: &DeviceInfo, device: Arc<dyn Device>, transports: &Transports) -> Result<Option<Self>> {
-        match (Transport::named(&info.transport), ublk::number_of(&info.device)) {
-            (Some(Transport::Ublk), Some(number)) => match ublk::recover(&transports.ublk, number, device)? {
-                Recovered::Attached(attachment) => Ok(Some(Self::Ublk(attachment))),
-                Recovered::Gone => Ok(None),
-            },
-            _ => Ok(None),
+        match Transport::named(&info.transport) {
+            Some(Transport::Ublk) => {
+                let Some(number) = ublk::number_of(&info.device) else { return Ok(None) };
+                match ublk::recover(&transports.ublk, number, device)? {
+                    Recovered::Attached(attachment) => Ok(Some(Self::Ublk(attachment))),
+                    Recovered::Gone => Ok(None),
+                }
+            }
+            Some(Transport::Nbd) => {
+                let Some(index) = kernel::index_of(&info.device) else { return Ok(None) };
+                let identifier = Identifier::new(&transports.node, device.size());
+                let recovered = kernel::recover(index, device, identifier, transports.nbd, transports.runtime.clone());
+                recovered.map(|attachment| attachment.map(Self::Nbd))
+            }
+            Some(Transport::Loop) | None => Ok(None),
         }
     }
 
@@ -133,6 +163,7 @@ impl Attachment {
     pub fn transport(&self) -> Transport {
         match self {
             Self::Ublk(_) => Transport::Ublk,
+            Self::Nbd(_) => Transport::Nbd,
             Self::Loop(_) => Transport::Loop,
         }
     }
@@ -142,6 +173,7 @@ impl Attachment {
     pub fn path(&self) -> &Path {
         match self {
             Self::Ublk(attachment) => attachment.device_path(),
+            Self::Nbd(attachment) => attachment.device_path(),
             Self::Loop(attachment) => attachment.device_path(),
         }
     }
@@ -155,6 +187,8 @@ impl Attachment {
         match (self, in_use) {
             (Self::Ublk(attachment), InUse::Refuse) => attachment.detach(Users::Respect),
             (Self::Ublk(attachment), InUse::Abandon) => attachment.detach(Users::Fail),
+            (Self::Nbd(attachment), InUse::Refuse) => attachment.detach(),
+            (Self::Nbd(attachment), InUse::Abandon) => attachment.fail(),
             (Self::Loop(attachment), InUse::Refuse) => attachment.detach(),
             (Self::Loop(attachment), InUse::Abandon) => {
                 attachment.fail();
@@ -164,19 +198,23 @@ impl Attachment {
     }
 }
 
-/// Removes what a process of this node that was killed left half made: ublk devices that no record knows. Blocks.
+/// Removes what a process of this node that was killed left half made: devices that no record knows. Blocks.
 ///
 /// # Errors
 /// What the system says.
 pub fn remove_unknown(config: &Config, known: &[&Path]) -> Result<()> {
-    if ublk::obstacle().is_some() {
-        return Ok(());
+    if ublk::obstacle().is_none() {
+        let mark = mark(&config.root);
+        let known: Vec<u32> = known.iter().filter_map(|path| ublk::number_of(path)).collect();
+        for number in ublk::all_of(mark)?.into_iter().filter(|number| !known.contains(number)) {
+            tracing::warn!("the ublk device {number} was left half made by an earlier daemon and is removed");
+            ublk::remove_abandoned(number, mark)?;
+        }
     }
-    let mark = mark(&config.root);
-    let known: Vec<u32> = known.iter().filter_map(|path| ublk::number_of(path)).collect();
-    for number in ublk::all_of(mark)?.into_iter().filter(|number| !known.contains(number)) {
-        tracing::warn!("the ublk device {number} was left half made by an earlier daemon and is removed");
-        ublk::remove_abandoned(number, mark)?;
+    let known: Vec<u32> = known.iter().filter_map(|path| kernel::index_of(path)).collect();
+    for index in kernel::all_of(&node(&config.root)).into_iter().filter(|index| !known.contains(index)) {
+        tracing::warn!("/dev/nbd{index} was left half made by an earlier daemon and is disconnected");
+        kernel::remove_abandoned(index)?;
     }
     Ok(())
 }
@@ -203,16 +241,22 @@ pub fn release_lost(lost: &DeviceInfo, in_use: InUse, config: &Config) -> Result
         let (device, by) = (lost.device.display(), describe(&holders));
         return Err(Error::Busy(format!("{device} lost its server and is still in use: {by}")));
     }
-    match ublk::number_of(&lost.device) {
-        Some(number) if lost.transport == Transport::Ublk.name() => ublk::remove_abandoned(number, mark(&config.root)),
+    let (number, index) = (ublk::number_of(&lost.device), kernel::index_of(&lost.device));
+    match (Transport::named(&lost.transport), number, index) {
+        (Some(Transport::Ublk), Some(number), _) => ublk::remove_abandoned(number, mark(&config.root)),
+        // It may be somebody else's by now.
+        (Some(Transport::Nbd), _, Some(index)) if kernel::all_of(&node(&config.root)).contains(&index) => {
+            kernel::remove_abandoned(index)
+        }
         _ => Ok(()),
     }
 }
 
 fn holders_of(lost: &DeviceInfo) -> Vec<Holder> {
-    match ublk::number_of(&lost.device) {
-        Some(number) => ublk::users_of(number),
-        None => {
+    match (ublk::number_of(&lost.device), kernel::index_of(&lost.device)) {
+        (Some(number), _) => ublk::users_of(number),
+        (None, Some(_)) => holders::find(&lost.device),
+        (None, None) => {
             let stale = loop_device::stale().into_iter().find(|stale| stale.path == lost.device);
             stale.map(|stale| stale.holders).unwrap_or_default()
         }
@@ -234,10 +278,9 @@ pub struct Choice {
 /// [`Error::Unsupported`] when the one that was asked for, or every one, is not possible; [`Error::Invalid`] for a name
 /// that is none.
 pub fn choose(wanted: &str) -> Result<Choice> {
-    choose_from(
-        wanted,
-        [("ublk", ublk::obstacle()), ("nbd", nbd(Path::new("/dev"))), ("loop", loop_device(Path::new("/dev")))],
-    )
+    // Asking costs some system calls, and nothing is to be known of the others.
+    let nbd = if matches!(wanted, "auto" | "nbd") { kernel::obstacle() } else { None };
+    choose_from(wanted, [("ublk", ublk::obstacle()), ("nbd", nbd), ("loop", loop_device(Path::new("/dev")))])
 }
 
 fn choose_from(wanted: &str, obstacles: [(&str, Option<String>); 3]) -> Result<Choice> {
@@ -267,15 +310,6 @@ fn impossible(reasons: &[String]) -> Error {
     Error::Unsupported(format!("no transport is possible here ({})", reasons.join("; ")))
 }
 
-fn nbd(dev: &Path) -> Option<String> {
-    Some(match dev.join("nbd0").exists() {
-        true => {
-            "the kernel offers it, this build can't connect it (`firstread export --nbd` serves nbd-client)".to_owned()
-        }
-        false => "neither this build nor the kernel has a client for it (no /dev/nbd0)".to_owned(),
-    })
-}
-
 fn loop_device(dev: &Path) -> Option<String> {
     if !cfg!(feature = "loop") {
         return Some("this build has no server for it".to_owned());
@@ -291,7 +325,7 @@ mod tests {
     use super::*;
 
     fn obstacles(ublk: Option<&str>, dev: &Path) -> [(&'static str, Option<String>); 3] {
-        [("ublk", ublk.map(str::to_owned)), ("nbd", nbd(dev)), ("loop", loop_device(dev))]
+        [("ublk", ublk.map(str::to_owned)), ("nbd", Some("no client".to_owned())), ("loop", loop_device(dev))]
     }
 
     #[test]
@@ -303,7 +337,7 @@ mod tests {
         let choice = choose_from("auto", obstacles(Some("no driver"), dev.path())).unwrap();
         assert_eq!(choice.candidates, [Transport::Loop]);
         assert!(choice.passed_over[0].starts_with("ublk: no driver"), "{choice:?}");
-        assert!(choice.passed_over[1].contains("/dev/nbd0"), "{choice:?}");
+        assert!(choice.passed_over[1].starts_with("nbd: no client"), "{choice:?}");
         let both = choose_from("auto", obstacles(None, dev.path())).unwrap();
         assert_eq!(both.candidates, [Transport::Ublk, Transport::Loop]);
         assert!(choose_from("loop", obstacles(None, dev.path())).unwrap().passed_over.is_empty());

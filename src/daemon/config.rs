@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::control::{Kind, Problem};
+use crate::attach::nbd::kernel::{CONNECTIONS_MAX, NbdDeviceOptions, TIMEOUT_MAX};
 use crate::attach::ublk::{QUEUE_DEPTH_MAX, QUEUES_MAX, UblkOptions};
 pub use crate::fetch::Patience;
 use crate::pool::Amount;
@@ -51,6 +52,8 @@ pub struct Layer {
     pub build: BuildLayer,
     /// The transport ublk.
     pub ublk: UblkLayer,
+    /// The transport nbd.
+    pub nbd: NbdLayer,
 }
 
 /// The part `pool` of a [`Layer`].
@@ -133,6 +136,16 @@ pub struct UblkLayer {
     pub queue_depth: Option<Count<QUEUE_DEPTH_MAX>>,
 }
 
+/// The part `nbd` of a [`Layer`].
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NbdLayer {
+    /// Connections of a device.
+    pub connections: Option<Count<CONNECTIONS_MAX>>,
+    /// Seconds after which a request is sent again, over another connection.
+    pub timeout: Option<Count<TIMEOUT_MAX>>,
+}
+
 /// The settings, resolved.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -164,10 +177,12 @@ pub struct Config {
     pub build: BuildLayer,
     /// How ublk devices are set up.
     pub ublk: UblkOptions,
+    /// How NBD devices are set up.
+    pub nbd: NbdDeviceOptions,
 }
 
 /// Every key, its environment variable, and how it gets into a layer.
-const KEYS: [(&str, &str, Setter); 24] = [
+const KEYS: [(&str, &str, Setter); 26] = [
     ("root", "FIRSTREAD_ROOT", |layer, value| put_path(&mut layer.root, value)),
     ("run", "FIRSTREAD_RUN", |layer, value| put_path(&mut layer.run, value)),
     ("log", "FIRSTREAD_LOG", |layer, value| put(&mut layer.log, value)),
@@ -208,6 +223,8 @@ const KEYS: [(&str, &str, Setter); 24] = [
     ("build.limit.layers", "FIRSTREAD_BUILD_LIMIT_LAYERS", |layer, value| put(&mut layer.build.limit.layers, value)),
     ("ublk.queues", "FIRSTREAD_UBLK_QUEUES", |layer, value| put(&mut layer.ublk.queues, value)),
     ("ublk.queue_depth", "FIRSTREAD_UBLK_QUEUE_DEPTH", |layer, value| put(&mut layer.ublk.queue_depth, value)),
+    ("nbd.connections", "FIRSTREAD_NBD_CONNECTIONS", |layer, value| put(&mut layer.nbd.connections, value)),
+    ("nbd.timeout", "FIRSTREAD_NBD_TIMEOUT", |layer, value| put(&mut layer.nbd.timeout, value)),
 ];
 
 type Setter = fn(&mut Layer, OsString) -> Result<(), String>;
@@ -296,6 +313,10 @@ impl Layer {
                 queues: self.ublk.queues.or(next.ublk.queues),
                 queue_depth: self.ublk.queue_depth.or(next.ublk.queue_depth),
             },
+            nbd: NbdLayer {
+                connections: self.nbd.connections.or(next.nbd.connections),
+                timeout: self.nbd.timeout.or(next.nbd.timeout),
+            },
         }
     }
 
@@ -319,6 +340,17 @@ impl Layer {
             ublk: UblkOptions {
                 queues: self.ublk.queues.map_or(UblkOptions::default().queues, |count| count.0),
                 queue_depth: self.ublk.queue_depth.map_or(UblkOptions::default().queue_depth, |count| count.0),
+            },
+            nbd: NbdDeviceOptions {
+                connections: self
+                    .nbd
+                    .connections
+                    .map_or(NbdDeviceOptions::default().connections, |count| usize::from(count.0)),
+                timeout: self
+                    .nbd
+                    .timeout
+                    .map_or(NbdDeviceOptions::default().timeout, |count| Duration::from_secs(u64::from(count.0))),
+                ..NbdDeviceOptions::default()
             },
         }
     }
@@ -516,6 +548,8 @@ mod tests {
             "8",
             "2",
             "128",
+            "3",
+            "30",
         ];
         assert_eq!(values.len(), KEYS.len());
         for ((key, name, set), value) in KEYS.into_iter().zip(values) {

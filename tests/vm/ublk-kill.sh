@@ -3,7 +3,7 @@
 # The daemon is killed and started again, KILLS times, under reads of a mounted image that check what they get: nobody gets an
 # error or a wrong byte. Then the same for a handover to a new daemon and a restart as service managers do it.
 . "$REPO/tests/vm/guest/lib.sh"
-KILLS=${KILLS:-50}
+KILLS=${KILLS:-50} TRANSPORT=${TRANSPORT:-ublk}
 # A pool that holds a third of the image: reads are hits and misses.
 export FIRSTREAD_POOL_LIMIT=8M
 use_image
@@ -13,7 +13,7 @@ start_server() {
 }
 start_server
 until_true 20 fr_answers || die "the daemon does not answer"
-fr mount --quiet --transport ublk "$IMAGE" "$WORK/mnt" >/dev/null
+fr mount --quiet --transport "$TRANSPORT" "$IMAGE" "$WORK/mnt" >/dev/null
 fr list --json | jq 'map({id, device, mountpoint})' >"$WORK/before"
 device=$(json '.[0].device' <"$WORK/before")
 
@@ -88,5 +88,5 @@ wait "${readers[@]}"
 unharmed "the end"
 fr umount "$WORK/mnt"
 fr stop
-! ls /dev/ublk[bc]* 2>/dev/null || die "devices are left"
+! ls /dev/ublk[bc]* /sys/class/block/nbd*/pid 2>/dev/null || die "devices are left"
 ! dmesg | grep -E 'WARNING|BUG|Oops|I/O error|EXT4-fs error' || die "the kernel complained"

@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request, Session,
-    SessionACL,
+    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
+    Session, SessionACL,
 };
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
@@ -153,6 +153,15 @@ impl Filesystem for Disk {
         } else {
             reply.error(Errno::EISDIR);
         }
+    }
+
+    /// Every close of the loop device asks for it; there is nothing to write.
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.ok();
     }
 
     fn read(

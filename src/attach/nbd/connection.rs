@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::listen::NbdStream;
 use super::negotiate::{Negotiated, Security, Session};
-use super::tls::{self, Tls};
+use super::tls::Tls;
 use super::{Exports, negotiate, serve};
 
 /// Bytes of a connection's stack; buffers are on the heap.
@@ -97,15 +97,18 @@ impl Connection {
             Ok::<_, io::Error>((greeted, negotiate::negotiate(&mut stream, exports, greeted, security).await?))
         };
         let (greeted, outcome) = timeout_at(until, plain).await.map_err(late)??;
-        let (Negotiated::StartTls, Some(tls)) = (&outcome, tls) else {
+        #[cfg(not(feature = "nbd-tls"))]
+        let _ = greeted;
+        #[cfg(feature = "nbd-tls")]
+        if let (Negotiated::StartTls, Some(tls)) = (&outcome, tls) {
+            let secured = async {
+                let mut stream = tls.acceptor.accept(stream).await.map_err(|error| super::tls::failed(&error))?;
+                let outcome = negotiate::negotiate(&mut stream, exports, greeted, Security::Tls).await?;
+                Ok::<_, io::Error>((stream, outcome))
+            };
+            let (stream, outcome) = timeout_at(until, secured).await.map_err(late)??;
             return self.transmit(stream, outcome).await;
-        };
-        let secured = async {
-            let mut stream = tls.acceptor.accept(stream).await.map_err(|error| tls::failed(&error))?;
-            let outcome = negotiate::negotiate(&mut stream, exports, greeted, Security::Tls).await?;
-            Ok::<_, io::Error>((stream, outcome))
-        };
-        let (stream, outcome) = timeout_at(until, secured).await.map_err(late)??;
+        }
         self.transmit(stream, outcome).await
     }
 

@@ -36,6 +36,7 @@ mod negotiate;
 pub mod proto;
 pub mod serve;
 mod status;
+#[cfg_attr(not(feature = "nbd-tls"), path = "without_tls.rs")]
 mod tls;
 
 pub use listen::{NbdListener, NbdStream};

@@ -37,6 +37,11 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_s
 /// What the identifiers of firstread's devices begin with.
 const PREFIX: &str = "firstread:";
 
+/// Connections that a device may have.
+pub const CONNECTIONS_MAX: u16 = 16;
+/// Seconds that a request may take before it is sent again.
+pub const TIMEOUT_MAX: u16 = 600;
+
 /// How a device is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NbdDeviceOptions {
@@ -65,15 +70,15 @@ impl Default for NbdDeviceOptions {
     }
 }
 
-/// What tells a device from all others: whose it is, and which.
+/// What a device is connected with: the node whose it is, and its size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identifier(String);
 
 impl Identifier {
-    /// The identifier of the device `id` of the node `mark`.
+    /// The identifier of a device of `size` bytes of the node `node`.
     #[must_use]
-    pub fn new(mark: &str, id: &str) -> Self {
-        Self(format!("{PREFIX}{mark}:{id}"))
+    pub fn new(node: &str, size: u64) -> Self {
+        Self(format!("{PREFIX}{node}:{size}"))
     }
 }
 
@@ -95,11 +100,11 @@ pub fn index_of(path: &Path) -> Option<u32> {
     path.to_str()?.strip_prefix("/dev/nbd")?.parse().ok()
 }
 
-/// The devices of the node `mark` that are connected.
+/// The devices of the node `node` that are connected.
 #[must_use]
-pub fn all_of(mark: &str) -> Vec<u32> {
+pub fn all_of(node: &str) -> Vec<u32> {
     let Ok(devices) = fs::read_dir("/sys/block") else { return Vec::new() };
-    let prefix = format!("{PREFIX}{mark}:");
+    let prefix = format!("{PREFIX}{node}:");
     let index = |entry: fs::DirEntry| index_of(&Path::new("/dev").join(entry.file_name()));
     let ours = |index: &u32| backend(*index).is_some_and(|backend| backend.starts_with(&prefix));
     devices.flatten().filter_map(index).filter(ours).collect()
@@ -133,7 +138,6 @@ pub fn remove_abandoned(index: u32) -> Result<()> {
 pub struct NbdAttachment {
     index: u32,
     path: PathBuf,
-    read_ahead_kb: u32,
     /// Dropped to end the connections.
     open: Option<watch::Sender<()>>,
 }
@@ -182,7 +186,7 @@ pub fn attach(
         Ok((index, ends))
     };
     let (index, ends) = connect().map_err(|error| Error::io("connect an NBD device", error))?;
-    let attachment = serve(index, identifier, device, options, runtime, ends);
+    let attachment = serve(index, identifier, device, runtime, ends);
     let finish = || -> io::Result<()> {
         wait_for(|| path_of(index).exists())?;
         let setting = format!("/sys/block/nbd{index}/queue/read_ahead_kb");
@@ -218,14 +222,13 @@ pub fn recover(
         Ok(ends)
     };
     let ends = reconnect().map_err(failed(index, "reconnect"))?;
-    Ok(Some(serve(index, identifier, device, options, runtime, ends)))
+    Ok(Some(serve(index, identifier, device, runtime, ends)))
 }
 
 fn serve(
     index: u32,
     identifier: Identifier,
     device: Arc<dyn Device>,
-    options: NbdDeviceOptions,
     runtime: Handle,
     ends: Vec<Ends>,
 ) -> NbdAttachment {
@@ -233,7 +236,7 @@ fn serve(
     let export = Arc::new(Export { name: String::new(), description: String::new(), device });
     let keeper = Keeper { index, identifier, export, runtime: runtime.clone(), closed };
     runtime.spawn(keeper.keep(ends.into_iter().map(|(_, served)| served).collect()));
-    NbdAttachment { index, path: path_of(index), read_ahead_kb: options.read_ahead_kb, open: Some(open) }
+    NbdAttachment { index, path: path_of(index), open: Some(open) }
 }
 
 impl Keeper {
@@ -315,12 +318,6 @@ impl NbdAttachment {
     #[must_use]
     pub fn device_path(&self) -> &Path {
         &self.path
-    }
-
-    /// Read-ahead in KiB, as it was set.
-    #[must_use]
-    pub fn read_ahead_kb(&self) -> u32 {
-        self.read_ahead_kb
     }
 
     /// Who uses the device.
