@@ -46,5 +46,17 @@ drop_caches
 umount "$WORK/mnt"
 [ "$(fr list --json)" = "[]" ] || die "$(fr list)"
 
+# nbd-client, the kernel's own way in, with the server of `export`.
+setsid "$FIRSTREAD" --root "$WORK/root" --run "$WORK/run" export "$IMAGE" --nbd "unix:$WORK/nbd.sock" >"$WORK/export.log" 2>&1 &
+export=$!
+until_true 20 test -S "$WORK/nbd.sock" || die "$(cat "$WORK/export.log")"
+nbd-client -unix "$WORK/nbd.sock" -name '' -connections 2 /dev/nbd5 >"$WORK/nbd-client.log" 2>&1 || die "$(cat "$WORK/nbd-client.log")"
+mount -o ro,noload /dev/nbd5 "$WORK/mnt"
+check_tree "$WORK/mnt"
+umount "$WORK/mnt"
+nbd-client -d /dev/nbd5 >>"$WORK/nbd-client.log" 2>&1
+kill "$export"
+echo "nbd-client: the same sums"
+
 fr stop
 ! cat /sys/class/block/nbd*/pid 2>/dev/null || die "devices are left"
