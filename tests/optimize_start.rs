@@ -13,6 +13,11 @@ use program::{Node, wait_until};
 use registry::Registry;
 use serde_json::Value;
 
+/// Unmounts. A test beside this one that starts a program has our files open in it for a moment.
+fn umount(node: &Node, dir: &Path) {
+    wait_until("nobody uses it any more", || node.run(&["umount", dir.to_str().unwrap()]).status.success());
+}
+
 fn image(registry: &Registry, name: &str) -> String {
     format!("{}/{name}", registry.host())
 }
@@ -75,7 +80,7 @@ fn cold_start(image: &str, expected: &[u8], also: impl Fn(&Node, &Path)) -> Valu
         status["startup"]["streaming"] == false
     });
     also(&node, &dir);
-    node.done(&["umount", dir.to_str().unwrap()]);
+    umount(&node, &dir);
     status
 }
 
@@ -116,7 +121,7 @@ fn a_recorded_start_needs_one_stream_and_no_misses() {
 
     let after = cold_start(&fast, &expected, |node, dir| {
         program::same_files(&source, dir);
-        node.done(&["umount", dir.to_str().unwrap()]);
+        umount(node, dir);
         node.done(&["verify", &fast]);
         node.done(&["mount", &fast, dir.to_str().unwrap()]);
     });
@@ -166,7 +171,7 @@ fn a_profile_of_another_version_applies_by_path_and_shares_most_chunks() {
         });
         let status = node.json(&["status", dir.to_str().unwrap()]);
         streamed.push(status["startup"]["planned_bytes"].as_u64().unwrap());
-        node.done(&["umount", dir.to_str().unwrap()]);
+        umount(&node, &dir);
     }
     assert!(streamed[1] * 10 <= streamed[0] * 4, "{streamed:?}");
 }
@@ -220,7 +225,7 @@ fn a_start_has_the_recordings_read_ahead_until_it_is_over() {
         let setting = PathBuf::from(format!("/sys/class/block/{setting}/queue/read_ahead_kb"));
         move || fs::read_to_string(&setting).unwrap().trim().to_owned()
     };
-    let umount = || node.done(&["umount", dir.to_str().unwrap()]);
+    let umount = || umount(&node, &dir);
 
     let setting = mount(&["--read-ahead", "16"]);
     assert_eq!(setting(), "16");
@@ -244,4 +249,61 @@ fn a_start_has_the_recordings_read_ahead_until_it_is_over() {
     umount();
     assert_eq!(mount(&["--read-ahead", "256"])(), "256");
     umount();
+}
+
+#[test]
+fn a_build_with_a_profile_puts_what_is_hot_first_and_makes_the_pack() {
+    use firstread::profile::{Kind, Place, Profile};
+    let node = Node::new();
+    let source = tree(node.path(), 1);
+    let expected = start(&source);
+    let (plain, fast) = (
+        format!("oci:{}:1", node.path().join("plain").display()),
+        format!("oci:{}:1", node.path().join("fast").display()),
+    );
+    build(&node, &source, &plain, &[]);
+    let profile = node.path().join("profile");
+    let record = |image: &str| {
+        cold_start(image, &expected, |node, dir| {
+            program::same_files(&source, dir);
+            node.done(&["profile", dir.to_str().unwrap(), "--all", "-o", profile.to_str().unwrap()]);
+        });
+        Profile::from_text(&fs::read_to_string(&profile).unwrap()).unwrap()
+    };
+    // Where the data of the start's files ends on the device.
+    let end = |profile: &Profile| {
+        let hot: Vec<String> = [3u64, 43, 57, 80, 120, 199, 207, 240, 305, 399]
+            .iter()
+            .map(|number| format!("/usr/lib/d{}/f{number}", number % 20))
+            .collect();
+        let is_hot = |place: &Place| matches!(place, Place::Named { kind: Kind::File, path, .. } if hot.iter().any(|hot| hot.as_bytes() == path));
+        profile.runs.iter().filter(|run| is_hot(&run.place)).map(|run| run.block.unwrap() + run.blocks).max().unwrap()
+    };
+    let recorded = record(&plain);
+    let start_only = node.path().join("start");
+    cold_start(&plain, &expected, |node, dir| {
+        node.done(&["profile", dir.to_str().unwrap(), "-o", start_only.to_str().unwrap()]);
+    });
+    let built = build(&node, &source, &fast, &["--profile", start_only.to_str().unwrap()]);
+    assert_eq!(built["startup"]["lost_blocks"], 0);
+    assert!(built["startup"]["found_blocks"].as_u64() > Some(10), "{built}");
+    let again = record(&fast);
+    assert!(end(&again) < end(&recorded) / 2, "{} {}", end(&again), end(&recorded));
+    let status = cold_start(&fast, &expected, |_, _| ());
+    assert!(status["startup"]["missed_outside"].as_u64() <= Some(5), "{status}");
+    // The ordinary chunks are the same ones in another order: what is new is metadata.
+    let other = format!("oci:{}:1", node.path().join("other").display());
+    let reused = build(&node, &source, &other, &["--reuse", &fast]);
+    assert!(reused["new_bytes"].as_u64().unwrap() * 20 < reused["stored_bytes"].as_u64().unwrap(), "{reused}");
+    let error = node.fails(
+        1,
+        &[
+            "build",
+            &format!("dir:{}", source.display()),
+            "oci-archive:/nowhere/x.tar",
+            "--profile",
+            start_only.to_str().unwrap(),
+        ],
+    );
+    assert!(error.contains("registry or an OCI layout"), "{error}");
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use super::Outcome;
 use super::options::{Global, start_log};
 use crate::daemon::client::Client;
-use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer, Size};
+use crate::daemon::config::{self, FetchLayer, Layer, Patience, PoolLayer, Prefetch, Size};
 use crate::daemon::control::{Call, Kind, Problem, Stopped};
 use crate::daemon::rundir::wait_until_free;
 use crate::daemon::startup::{self, Start};
@@ -30,6 +30,10 @@ pub struct Daemon {
     /// How long a read waits for an unreachable source, e.g. 60s, or `wait` [setting fetch.on_outage; default: 60s]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
+    /// What is fetched before anybody reads it: `all` (start-up packs; everything of images that have none), `startup`,
+    /// `none` [setting fetch.prefetch; default: all]
+    #[arg(long, value_name = "WHAT")]
+    prefetch: Option<Prefetch>,
     /// Take over from the daemon that runs: readers of its ublk and NBD devices wait for a moment and go on
     #[arg(long)]
     replace: bool,
@@ -50,7 +54,7 @@ impl Daemon {
                 keep_free: self.pool_keep_free,
                 scrub_rate: self.pool_scrub_rate,
             },
-            fetch: FetchLayer { on_outage: self.on_outage, ..FetchLayer::default() },
+            fetch: FetchLayer { on_outage: self.on_outage, prefetch: self.prefetch, ..FetchLayer::default() },
             ..global.layer()
         };
         let config = config::load(flags, global.config.as_deref())?;

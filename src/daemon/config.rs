@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use super::control::{Kind, Problem};
 use crate::attach::nbd::kernel::{CONNECTIONS_MAX, NbdDeviceOptions, TIMEOUT_MAX};
 use crate::attach::ublk::{QUEUE_DEPTH_MAX, QUEUES_MAX, UblkOptions};
-pub use crate::fetch::Patience;
+pub use crate::fetch::{Patience, Prefetch};
 use crate::pool::Amount;
 use crate::source::BlobPlace;
 
@@ -76,6 +76,9 @@ pub struct FetchLayer {
     pub on_outage: Option<Patience>,
     /// Most bytes a second for work in the background.
     pub background_limit: Option<Size>,
+    /// What is fetched of an image before anybody reads it: `all` (the start-up pack; everything of an image that has
+    /// none), `startup` (start-up packs only), `none`.
+    pub prefetch: Option<Prefetch>,
 }
 
 /// The part `registry` of a [`Layer`].
@@ -165,6 +168,8 @@ pub struct Config {
     pub on_outage: Patience,
     /// Most bytes a second for work in the background, such as pinning; 0: no limit.
     pub background_limit: Size,
+    /// What is fetched of an image before anybody reads it.
+    pub prefetch: Prefetch,
     /// HTTP without TLS for every host.
     pub plain_http: bool,
     /// The docker configuration with the credentials.
@@ -182,7 +187,7 @@ pub struct Config {
 }
 
 /// Every key, its environment variable, and how it gets into a layer.
-const KEYS: [(&str, &str, Setter); 26] = [
+const KEYS: [(&str, &str, Setter); 27] = [
     ("root", "FIRSTREAD_ROOT", |layer, value| put_path(&mut layer.root, value)),
     ("run", "FIRSTREAD_RUN", |layer, value| put_path(&mut layer.run, value)),
     ("log", "FIRSTREAD_LOG", |layer, value| put(&mut layer.log, value)),
@@ -193,6 +198,7 @@ const KEYS: [(&str, &str, Setter); 26] = [
     ("fetch.background_limit", "FIRSTREAD_FETCH_BACKGROUND_LIMIT", |layer, value| {
         put(&mut layer.fetch.background_limit, value)
     }),
+    ("fetch.prefetch", "FIRSTREAD_FETCH_PREFETCH", |layer, value| put(&mut layer.fetch.prefetch, value)),
     ("registry.plain_http", "FIRSTREAD_REGISTRY_PLAIN_HTTP", |layer, value| put(&mut layer.registry.plain_http, value)),
     ("registry.docker_config", "FIRSTREAD_REGISTRY_DOCKER_CONFIG", |layer, value| {
         put_path(&mut layer.registry.docker_config, value)
@@ -288,6 +294,7 @@ impl Layer {
             fetch: FetchLayer {
                 on_outage: self.fetch.on_outage.or(next.fetch.on_outage),
                 background_limit: self.fetch.background_limit.or(next.fetch.background_limit),
+                prefetch: self.fetch.prefetch.or(next.fetch.prefetch),
             },
             registry: RegistryLayer {
                 plain_http: self.registry.plain_http.or(next.registry.plain_http),
@@ -331,6 +338,7 @@ impl Layer {
             pool_keep_free: self.pool.keep_free.unwrap_or(DEFAULT_KEEP_FREE),
             pool_scrub_rate: self.pool.scrub_rate.unwrap_or(DEFAULT_SCRUB_RATE),
             on_outage: self.fetch.on_outage.unwrap_or(Patience::For(Duration::from_secs(60))),
+            prefetch: self.fetch.prefetch.unwrap_or_default(),
             plain_http: self.registry.plain_http.is_some_and(|switch| switch.0),
             docker_config: self.registry.docker_config,
             hosts_dir: self.registry.hosts_dir.unwrap_or_else(|| DEFAULT_HOSTS_DIR.into()),

@@ -303,7 +303,7 @@ impl Node {
         let device =
             ImageDevice::new(map, Arc::clone(&image.origin), Arc::clone(&self.fetcher), Arc::clone(&self.pool));
         // Before the device has its first reader.
-        self.fetcher.start_up(&image.origin, &image.index);
+        device.prefetch(self.config.prefetch);
         Ok((image, device))
     }
 

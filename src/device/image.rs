@@ -1,7 +1,7 @@
 //! The image as a device: a map, and chunks from the pool or from the image's sources.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -11,7 +11,7 @@ use super::waits::{Wait, Waits};
 use super::{Device, DeviceFuture, Local, Residence, check_range};
 use crate::chunk::{CHUNK_MAX, ChunkRef};
 use crate::error::{Error, Result};
-use crate::fetch::{Fetcher, Origin, Priority};
+use crate::fetch::{Fetcher, Filling, Origin, Prefetch, Priority};
 use crate::map::{Map, Piece};
 use crate::pool::{Lookup, Pool};
 use crate::profile::Touch;
@@ -31,6 +31,8 @@ pub struct ImageDevice {
     pool: Arc<Pool>,
     touches: Touches,
     waits: Waits,
+    /// Ends with the device.
+    filling: OnceLock<Filling>,
     counters: Counters,
 }
 
@@ -77,7 +79,29 @@ impl ImageDevice {
     pub fn new(map: Map, origin: Arc<Origin>, fetcher: Arc<Fetcher>, pool: Arc<Pool>) -> Arc<Self> {
         let touches = Touches::new(map.index().device_bytes());
         let waits = Waits::default();
-        Arc::new(Self { map, origin, fetcher, pool, touches, waits, counters: Counters::default() })
+        Arc::new(Self {
+            map,
+            origin,
+            fetcher,
+            pool,
+            touches,
+            waits,
+            filling: OnceLock::new(),
+            counters: Counters::default(),
+        })
+    }
+
+    /// Fetches what its start needs before anybody reads it: the start-up stream, or of an image without a start-up pack
+    /// everything, behind its readers, while the device exists. Runs on a tokio runtime.
+    pub fn prefetch(&self, prefetch: Prefetch) {
+        let index = self.map.index();
+        match (prefetch, index.startup_order().len() > 0) {
+            (Prefetch::Startup | Prefetch::All, true) => self.fetcher.start_up(&self.origin, index),
+            (Prefetch::All, false) => {
+                self.filling.get_or_init(|| self.fetcher.fill(&self.origin, index));
+            }
+            (Prefetch::None | Prefetch::Startup, _) => {}
+        }
     }
 
     /// When the device was made: what all its times count from.

@@ -88,7 +88,7 @@ pub(super) struct Shared {
 }
 
 /// A chunk that somebody waits for.
-struct Waiting {
+pub(super) struct Waiting {
     progress: watch::Receiver<Progress>,
     same_origin: bool,
 }
@@ -120,6 +120,7 @@ impl Fetcher {
         priority: Priority,
     ) -> Vec<Result<Arc<Verified>>> {
         let started = Instant::now();
+        let _reader = (priority == Priority::Demand).then(|| origin.readers.begin(chunks));
         // All are asked for before the first request is sent, so that neighbours share one.
         let waiting: Vec<_> = chunks
             .iter()
@@ -176,7 +177,13 @@ impl Shared {
     }
 
     /// Joins the flight for `chunk` or starts one; [`pump`](Self::pump) must follow.
-    fn ask(self: &Arc<Self>, origin: &Arc<Origin>, chunk: &ChunkRef, priority: Priority, sharing: Sharing) -> Waiting {
+    pub(super) fn ask(
+        self: &Arc<Self>,
+        origin: &Arc<Origin>,
+        chunk: &ChunkRef,
+        priority: Priority,
+        sharing: Sharing,
+    ) -> Waiting {
         match self.flights.join(chunk.digest, sharing, id(origin), priority) {
             Joined::Shared { progress, same_origin } => {
                 if same_origin {
@@ -206,7 +213,7 @@ impl Shared {
 }
 
 /// How a flight ends; `None` when it belongs to another origin and is in trouble.
-async fn outcome(mut waiting: Waiting) -> Option<Result<Arc<Verified>>> {
+pub(super) async fn outcome(mut waiting: Waiting) -> Option<Result<Arc<Verified>>> {
     loop {
         let progress = waiting.progress.borrow_and_update().clone();
         match progress {

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::FetchOptions;
 use super::ahead::{Ahead, Order};
+use super::fill::Readers;
 use super::health::{Health, HealthReport};
 use super::hedge::Hedging;
 use super::log::{Fetched, Log, Startup};
@@ -39,6 +40,7 @@ pub struct Origin {
     reported: Mutex<HashSet<(Digest, Option<usize>)>>,
     pub(super) log: Log,
     pub(super) startup: Startup,
+    pub(super) readers: Readers,
 }
 
 impl Origin {
@@ -60,6 +62,7 @@ impl Origin {
             reported: Mutex::default(),
             log: Log::default(),
             startup: Startup::default(),
+            readers: Readers::default(),
         }
     }
 

@@ -9,6 +9,7 @@ use super::arrange::{self, Arranged, DataRun};
 use super::assemble::{Assembled, Parts, assemble};
 use super::cache;
 use super::decode::{Expected, Layer};
+use super::hot_first::hot_first;
 use super::input::{self, Input, LayerInput, Root};
 use super::intake::Intake;
 use super::metadata::{DeviceExtent, Windows};
@@ -18,6 +19,7 @@ use super::rootfs::{Rootfs, Whiteouts};
 use super::{Request, Tree, layer, raw, reuse, verity, walk};
 use crate::error::{Error, Result};
 use crate::ext4;
+use crate::profile::Profile;
 
 /// A device whose contents are in chunks.
 struct Device {
@@ -92,7 +94,7 @@ pub(super) fn convert(
         if let Some(cache) = &mut cache {
             cache.layers_done(&mut intake)?;
         }
-        file_system(arrange::arrange(rootfs, intake)?, request.size)?
+        file_system(arrange::arrange(rootfs, intake)?, request.size, request.profile.as_deref())?
     };
     let verity = match request.tree {
         Tree::None => None,
@@ -144,15 +146,16 @@ pub(super) fn flatten(layers: Vec<Vec<u8>>, request: &Request, progress: &Arc<dy
         let stream = Layer::open(Box::new(std::io::Cursor::new(layer)), &expected, left, progress.clone())?;
         left = layer::apply(stream, &mut rootfs, &mut intake, Whiteouts::Apply, None)?.finish(&expected)?;
     }
-    let device = file_system(arrange::arrange(rootfs, intake)?, None)?;
+    let device = file_system(arrange::arrange(rootfs, intake)?, None, None)?;
     device.pipeline.finish()?;
     Ok(device.inodes)
 }
 
 /// Plans the file system and turns its metadata into chunks.
-fn file_system(arranged: Arranged, size: Option<u64>) -> Result<Device> {
+fn file_system(mut arranged: Arranged, size: Option<u64>, profile: Option<&Profile>) -> Result<Device> {
+    let hot = profile.map(|profile| hot_first(&mut arranged, profile)).unwrap_or_default();
     let Arranged { tree, data_order, runs, seed, mut pipeline } = arranged;
-    let options = ext4::Options { seed, size, data_order, ..ext4::Options::default() };
+    let options = ext4::Options { seed, size, hot, data_order, ..ext4::Options::default() };
     let plan = ext4::plan(&tree, &options)?;
     let mut windows = Windows::new(&mut pipeline);
     plan.write_metadata(&tree, &mut |block, bytes| windows.write(block, bytes))?;

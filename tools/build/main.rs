@@ -86,6 +86,9 @@ struct BuildArgs {
     /// An earlier firstread image whose packs may be listed again (repeatable).
     #[arg(long, value_name = "REF")]
     reuse: Vec<Reference>,
+    /// What a start reads, as `firstread profile` wrote it: it comes first on the device, and gets a start-up pack.
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
     /// Build for this platform only (repeatable); otherwise for all that the source has.
     #[arg(long, value_name = "OS/ARCH")]
     platform: Vec<Platform>,
@@ -212,6 +215,7 @@ fn run(args: BuildArgs) -> anyhow::Result<()> {
     request.source_date = args.source_date;
     request.tree = if args.verity { Tree::Verity } else { Tree::None };
     request.cache = cache;
+    request.profile = args.profile.as_deref().map(profile).transpose()?.map(Arc::new);
     request.limits = limits(&config.build.limit);
     request.access.plain_http = args.plain_http || config.plain_http;
     let progress = shown(args.quiet);

@@ -23,6 +23,7 @@ mod cache;
 mod convert;
 mod decode;
 mod destination;
+mod hot_first;
 mod input;
 mod intake;
 mod layer;
@@ -51,6 +52,7 @@ use self::destination::Destination;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::oci::{Platform, Reference};
+use crate::profile::Profile;
 use crate::source::{Access, Publish};
 
 pub use self::cache::CacheSettings;
@@ -88,6 +90,8 @@ pub struct Request {
     pub source_date: Option<u64>,
     /// What is put behind the file system.
     pub tree: Tree,
+    /// What a start reads: it comes first on the device, and gets a start-up pack.
+    pub profile: Option<Arc<Profile>>,
     /// The build cache; layers of images are kept in it. `None`: nothing is kept.
     pub cache: Option<CacheSettings>,
 }
@@ -119,6 +123,7 @@ impl Request {
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             source_date: None,
             tree: Tree::None,
+            profile: None,
             cache: None,
         }
     }
@@ -219,6 +224,10 @@ fn text<S: serde::Serializer>(digest: &Digest, serializer: S) -> Result<S::Ok, S
 /// refuses. Nothing is named at the destination before all of it is there.
 pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> {
     let started = Instant::now();
+    if request.profile.is_some() && !matches!(request.destination, Reference::Registry(_) | Reference::Layout { .. }) {
+        let reason = "an image with a start-up pack goes to a registry or an OCI layout (oci:DIR)";
+        return Err(Error::Unsupported(reason.to_owned()));
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -264,8 +273,46 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
         report.digest = publish::index(&manifests, &destination.repository, handle)?;
     }
     destination.finish()?;
+    if let Some(profile) = &request.profile {
+        add_startup(request, profile, &inputs, progress, &mut report)?;
+    }
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// Adds the start-up pack to what was just published: its metadata and hot blocks are where they are only now.
+fn add_startup(
+    request: &Request,
+    profile: &Arc<Profile>,
+    inputs: &[input::Input],
+    progress: &Arc<dyn Progress>,
+    report: &mut Report,
+) -> Result<()> {
+    let host = Platform::host();
+    let platforms: Vec<&Platform> = inputs.iter().map(|input| &input.platform).collect();
+    let platform = platforms
+        .iter()
+        .find(|platform| ***platform == host)
+        .or(platforms.first())
+        .map_or(host, |first| (*first).clone());
+    let made = optimize(
+        &OptimizeRequest {
+            platform,
+            temp: request.temp.clone(),
+            access: request.access.clone(),
+            workers: request.workers,
+            ..OptimizeRequest::new(request.destination.clone(), request.destination.clone(), (**profile).clone())
+        },
+        progress,
+    )?;
+    report.digest = made.digest;
+    report.index_bytes = made.index_bytes;
+    report.stored_bytes += made.new_bytes;
+    report.new_bytes += made.new_bytes;
+    report.new_chunks += made.new_chunks;
+    report.chunks += made.new_chunks;
+    report.startup = made.startup;
+    Ok(())
 }
 
 /// Flattens layers that are in memory, plans a file system for the result, and throws it away: for fuzzing.

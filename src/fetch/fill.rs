@@ -1,0 +1,287 @@
+//! Background fill: an image without a start-up pack is fetched whole, from the first moment, behind its readers.
+//!
+//! On demand alone, a start is a long row of round trips; on a fast link that is slower than pulling everything. So what
+//! nobody asked for yet is fetched as well, in an order that guesses what will be: the file system's metadata (at the
+//! front of the device), what lies behind the latest misses (the same file, or files of the same directory), and then
+//! everything else as it lies in the packs.
+//!
+//! Readers come first. A piece of the fill is as long as the link moves in a twentieth of a second; where that is less
+//! than a chunk, the link is slow, every byte of the fill delays a reader, and the fill waits until no reader has missed
+//! anything for a while. It ends when the pool is full: it drops nothing that somebody wanted.
+
+use std::collections::VecDeque;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::fetcher::{Fetcher, Shared, check, outcome};
+use super::flight::Sharing;
+use super::{Origin, Priority};
+use crate::chunk::ChunkRef;
+use crate::index::{BLOCK, Index};
+
+/// How long a piece of the fill should take.
+const PIECE: Duration = Duration::from_millis(50);
+/// Stored bytes of a piece: at first and at least, and at most.
+const PIECE_BYTES: (u64, u64) = (256 << 10, 4 << 20);
+/// A link that moves less in that time is slow.
+const SLOW_BYTES: u64 = 128 << 10;
+/// Pieces under way at a time where the link is fast: one is moved while the other is asked for.
+const TASKS: usize = 2;
+/// On a slow link: how long no reader has missed anything before a piece is fetched.
+const QUIET: Duration = Duration::from_millis(300);
+/// Stored bytes behind a miss that are fetched before the rest.
+const NEARBY: u64 = 1 << 20;
+/// Misses that are remembered for that.
+const MISSES: usize = 32;
+/// Pause after a piece that could not be had.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// What is fetched of an image before anybody reads it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Prefetch {
+    /// Nothing.
+    None,
+    /// The start-up pack, where there is one.
+    Startup,
+    /// The start-up pack; everything, of an image that has none.
+    #[default]
+    All,
+}
+
+impl FromStr for Prefetch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "startup" => Ok(Self::Startup),
+            "all" => Ok(Self::All),
+            other => Err(format!("{other:?} is none of none, startup, all")),
+        }
+    }
+}
+
+/// What readers of an origin are doing, for those who keep out of their way.
+#[derive(Debug, Default)]
+pub(super) struct Readers {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: usize,
+    last: Option<Instant>,
+    /// Blob and offset behind the latest misses, latest last.
+    misses: VecDeque<(u32, u64)>,
+}
+
+/// A reader that waits.
+pub(super) struct Reader<'a>(&'a Readers);
+
+impl Readers {
+    /// A reader waits for `chunks` until what is returned is dropped.
+    pub(super) fn begin(&self, chunks: &[ChunkRef]) -> Reader<'_> {
+        let mut state = self.state.lock();
+        state.waiting += 1;
+        for chunk in chunks.iter().take(MISSES) {
+            if state.misses.len() == MISSES {
+                state.misses.pop_front();
+            }
+            state.misses.push_back((chunk.blob, chunk.offset + u64::from(chunk.stored_len)));
+        }
+        Reader(self)
+    }
+
+    /// How long nobody has waited.
+    fn quiet_for(&self) -> Duration {
+        let state = self.state.lock();
+        match (state.waiting, state.last) {
+            (0, Some(last)) => last.elapsed(),
+            (0, None) => Duration::MAX,
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// The latest miss that was not asked for yet.
+    fn next_miss(&self) -> Option<(u32, u64)> {
+        self.state.lock().misses.pop_back()
+    }
+}
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.waiting = state.waiting.saturating_sub(1);
+        state.last = Some(Instant::now());
+    }
+}
+
+/// A fill that runs; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Filling(Arc<AtomicBool>);
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+impl Fetcher {
+    /// Fetches everything of `index` that is not local, behind all others who want something. Runs on a tokio runtime.
+    #[must_use]
+    pub fn fill(&self, origin: &Arc<Origin>, index: &Arc<Index>) -> Filling {
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (shared, origin) = (Arc::clone(&self.shared), Arc::clone(origin));
+        let fill = Fill { chunks: Order::new(&origin, index), next: 0, stopped: Arc::clone(&stopped) };
+        let fill = Arc::new(Mutex::new((fill, Pace { bytes: PIECE_BYTES.0, slow: false })));
+        for number in 0..TASKS {
+            tokio::spawn(Arc::clone(&shared).run_fill(Arc::clone(&origin), Arc::clone(&fill), number));
+        }
+        Filling(stopped)
+    }
+}
+
+/// Chunks as they lie in their packs, metadata first: it is at the front of the device.
+struct Order(Vec<ChunkRef>);
+
+impl Order {
+    fn new(origin: &Origin, index: &Index) -> Self {
+        let mut chunks: Vec<ChunkRef> = index.chunks().filter(|chunk| check(origin, chunk).is_ok()).collect();
+        chunks.sort_unstable_by_key(|chunk| (chunk.blob, chunk.offset));
+        Self(chunks)
+    }
+
+    /// The first chunk at or behind a place in a blob.
+    fn at(&self, place: (u32, u64)) -> usize {
+        self.0.partition_point(|chunk| (chunk.blob, chunk.offset) < place)
+    }
+}
+
+struct Fill {
+    chunks: Order,
+    /// Everything before is local, or was.
+    next: usize,
+    stopped: Arc<AtomicBool>,
+}
+
+impl Fill {
+    /// The next chunks to fetch, about `bytes` stored ones; empty when all are local.
+    fn piece(&mut self, shared: &Shared, origin: &Origin, bytes: u64) -> Vec<ChunkRef> {
+        while let Some(place) = origin.readers.next_miss() {
+            let first = self.chunks.at(place);
+            let piece = self.from(shared, first, bytes.min(NEARBY), NEARBY);
+            if !piece.is_empty() {
+                return piece;
+            }
+        }
+        let piece = self.from(shared, self.next, bytes, u64::MAX);
+        if let Some(last) = piece.last() {
+            self.next = self.chunks.at((last.blob, last.offset)) + 1;
+        } else {
+            self.next = self.chunks.0.len();
+        }
+        piece
+    }
+
+    /// Chunks of one blob from position `first` on that are not local, not more than `bytes` and none further away than
+    /// `far`.
+    fn from(&self, shared: &Shared, first: usize, bytes: u64, far: u64) -> Vec<ChunkRef> {
+        let (mut piece, mut taken) = (Vec::<ChunkRef>::new(), 0);
+        let Some(start) = self.chunks.0.get(first) else { return piece };
+        let (blob, limit) = (start.blob, start.offset.saturating_add(far));
+        for chunk in self.chunks.0.get(first..).unwrap_or_default() {
+            let other_blob = chunk.blob != piece.first().map_or(blob, |first| first.blob);
+            let bounded = far != u64::MAX;
+            if (other_blob && (bounded || !piece.is_empty())) || (bounded && chunk.offset > limit) {
+                break;
+            }
+            if shared.pool.contains(&chunk.digest) {
+                continue;
+            }
+            taken += u64::from(chunk.stored_len);
+            if taken > bytes && !piece.is_empty() {
+                break;
+            }
+            piece.push(*chunk);
+        }
+        piece
+    }
+}
+
+/// How fast the fill may go.
+struct Pace {
+    /// Stored bytes of a piece.
+    bytes: u64,
+    /// Whether readers notice every byte.
+    slow: bool,
+}
+
+impl Shared {
+    /// One of the tasks of a fill: number 0 goes on alone where the link is slow.
+    async fn run_fill(self: Arc<Self>, origin: Arc<Origin>, fill: Arc<Mutex<(Fill, Pace)>>, number: usize) {
+        loop {
+            let (stopped, slow) = {
+                let fill = fill.lock();
+                (fill.0.stopped.load(Relaxed), fill.1.slow)
+            };
+            if stopped {
+                return;
+            }
+            let busy = slow && (number > 0 || origin.readers.quiet_for() < QUIET);
+            if busy || origin.startup.is_running() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                continue;
+            }
+            let piece = {
+                let mut fill = fill.lock();
+                let bytes = fill.1.bytes;
+                fill.0.piece(&self, &origin, bytes)
+            };
+            if piece.is_empty() || !self.has_room(&piece) {
+                return;
+            }
+            let started = Instant::now();
+            if !self.fill_piece(&origin, &piece).await {
+                // Whoever misses it is told; here it is left to them.
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+            let asked: u64 = piece.iter().map(|chunk| u64::from(chunk.stored_len)).sum();
+            let took = started.elapsed().max(Duration::from_micros(100));
+            let rate = asked as f64 / took.as_secs_f64() * if slow { 1.0 } else { TASKS as f64 };
+            let fits = (rate * PIECE.as_secs_f64()) as u64;
+            let mut fill = fill.lock();
+            let (least, most) = PIECE_BYTES;
+            fill.1 = Pace {
+                bytes: fits.clamp(fill.1.bytes / 2, fill.1.bytes * 2).clamp(least, most),
+                slow: fits < SLOW_BYTES,
+            };
+        }
+    }
+
+    /// Whether the pool takes these chunks without giving up others: those were wanted by somebody.
+    fn has_room(&self, piece: &[ChunkRef]) -> bool {
+        let stat = self.pool.stat();
+        let needed: u64 = piece.iter().map(|chunk| u64::from(chunk.plain_len.next_multiple_of(BLOCK))).sum();
+        stat.limit.is_none_or(|limit| stat.bytes + needed <= limit)
+    }
+
+    /// Fetches chunks that nobody waits for; says whether all came. Each is let go as soon as it is in the pool.
+    async fn fill_piece(self: &Arc<Self>, origin: &Arc<Origin>, piece: &[ChunkRef]) -> bool {
+        let asked: Vec<_> =
+            piece.iter().map(|chunk| self.ask(origin, chunk, Priority::Background, Sharing::All)).collect();
+        self.pump(origin);
+        let mut all = true;
+        for waiting in asked {
+            all &= matches!(outcome(waiting).await, Some(Ok(_)));
+        }
+        all
+    }
+}
