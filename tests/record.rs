@@ -150,6 +150,13 @@ fn a_start_is_recorded_up_to_its_readiness() {
     assert_eq!(answer["ready_when"], "port 18080");
     assert!(has(&profile, "/bin/busybox"));
 
+    // However long it takes, the read-ahead is that of the recording: a page that is not read is not in the profile.
+    let script = "sleep 5; dd if=/usr/lib/random of=/dev/null bs=4096 count=1";
+    let (answer, profile) = bed.record(&["--ready-when", "EXIT", "--read-ahead", "0", "--", "sh", "-c", script]);
+    let of_random = |place: &Place| matches!(place, Place::Named { path, .. } if path == b"/usr/lib/random");
+    let blocks: u32 = profile.runs.iter().filter(|run| of_random(&run.place)).map(|run| run.blocks).sum();
+    assert_eq!((blocks, answer["read_ahead_kb"].as_u64()), (1, Some(0)));
+
     // The image's own command: a shell, whose standard input is at its end.
     let (answer, _) = bed.record(&[]);
     assert_eq!(answer["ready_when"], "its end");
@@ -160,7 +167,7 @@ fn a_program_that_never_gets_ready_is_told_of_and_leaves_nothing() {
     let bed = Testbed::new();
     let said = bed.fails(&["--ready-when", "ready", "--", "sh", "-c", "echo 'no database'; exit 3"]);
     assert!(said.contains("status 3") && said.contains("| no database"), "{said}");
-    let said = bed.fails(&["--ready-when", "ready", "--timeout", "1", "--", "sleep", "1000"]);
+    let said = bed.fails(&["--ready-when", "ready", "--timeout", "1", "--", "busybox", "sleep", "1000"]);
     assert!(said.contains("not ready in time"), "{said}");
     let said = bed.fails(&["--", "/no/such/program"]);
     assert!(said.contains("/no/such/program") && said.contains("No such file"), "{said}");

@@ -96,7 +96,9 @@ pub async fn watch_start(entry: Weak<Entry>) {
         if streaming || touches.iter().any(|touch| hot.has(&served.image.index, touch)) {
             last = Instant::now();
         }
-        let quiet = seen > 0 && last.elapsed() >= QUIET;
+        // Without a start-up pack nothing is hot, and silence says nothing: a recording keeps its read-ahead to its end.
+        let packed = served.image.index.startup_order().len() > 0;
+        let quiet = packed && seen > 0 && last.elapsed() >= QUIET;
         if served.start.ready().is_some() || quiet || served.device.started().elapsed() >= LONGEST {
             return raise(entry);
         }
