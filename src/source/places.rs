@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Access, Source};
 use crate::chunk::Digest;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::oci::Reference;
 
 /// Most places that are kept.
@@ -83,7 +83,10 @@ impl BlobPlace {
         #[cfg(not(feature = "objects"))]
         {
             let _ = access;
-            Err(Error::Unsupported(format!("{}: this program was built without the feature `objects`", self.url)))
+            Err(crate::error::Error::Unsupported(format!(
+                "{}: this program was built without the feature `objects`",
+                self.url
+            )))
         }
     }
 }

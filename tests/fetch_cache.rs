@@ -1,0 +1,108 @@
+//! A registry behind an nginx slice cache: what one node has fetched, the next ones get from the cache.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "common/fault.rs"]
+mod fault;
+#[path = "common/nginx.rs"]
+mod nginx;
+#[path = "common/packs.rs"]
+mod packs;
+#[path = "common/program.rs"]
+mod program;
+#[path = "common/registry.rs"]
+mod registry;
+
+use std::path::PathBuf;
+
+use fault::Fault;
+use firstread::oci::Reference;
+use firstread::source::{Access, Purpose, Repository};
+use nginx::Nginx;
+use packs::{Lies, TestImage};
+use program::Node;
+use registry::Registry;
+
+const NODES: usize = 20;
+
+struct Setup {
+    /// Counts what leaves the registry.
+    origin: Fault,
+    cache: Nginx,
+    image: TestImage,
+    dir: tempfile::TempDir,
+    _registry: Registry,
+}
+
+fn setup(seed: u64) -> Setup {
+    let registry = Registry::start();
+    let image = TestImage::build(seed, 48, 256 << 10, Lies::default());
+    let reference: Reference = format!("{}/app:v1", registry.host()).parse().unwrap();
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        image.push(&Repository::open(&reference, &Access::default(), Purpose::Push).await.unwrap()).await
+    });
+    let origin = Fault::start(&format!("http://{}", registry.host()), &[]);
+    let url = origin.url();
+    let cache = Nginx::start(&format!(
+        "proxy_cache_path DIR/cache keys_zone=blobs:10m max_size=1g;
+         server {{ listen 127.0.0.1:PORT; proxy_http_version 1.1;
+           location / {{ proxy_pass {url}; }}
+           location ~ ^/v2/.*/blobs/ {{
+             slice 1m; proxy_cache blobs; proxy_cache_key $uri$slice_range; proxy_set_header Range $slice_range;
+             proxy_cache_valid 200 206 1h; proxy_cache_lock on; proxy_pass {url}; }} }}"
+    ));
+    let dir = tempfile::tempdir().unwrap();
+    let hosts = dir.path().join("certs.d").join(origin.host());
+    std::fs::create_dir_all(&hosts).unwrap();
+    let text = format!("server = \"{url}\"\n[host.\"http://{}\"]\n", cache.host());
+    std::fs::write(hosts.join("hosts.toml"), text).unwrap();
+    Setup { origin, cache, image, dir, _registry: registry }
+}
+
+impl Setup {
+    fn hosts_dir(&self) -> PathBuf {
+        self.dir.path().join("certs.d")
+    }
+
+    /// A node that has never seen the image reads all of it; the bytes that it received.
+    fn read(&self) -> u64 {
+        let node = Node::new();
+        let name = format!("{}/app:v1", self.origin.host());
+        let hosts_dir = self.hosts_dir();
+        let attached = node.json(&["attach", &name, "--hosts-dir", hosts_dir.to_str().unwrap()]);
+        let device = attached["device"].as_str().unwrap();
+        assert!(std::fs::read(device).unwrap() == self.image.plain.concat());
+        let status = node.json(&["status", attached["id"].as_str().unwrap()]);
+        let status = status.as_array().map_or(status.clone(), |all| all[0].clone());
+        node.done(&["detach", device]);
+        status["bytes"]["fetched"].as_u64().unwrap()
+    }
+
+    /// Bytes that left the registry.
+    fn egress(&self) -> u64 {
+        self.origin.counters()["sent_bytes"].as_u64().unwrap()
+    }
+}
+
+#[test]
+fn the_second_node_gets_its_bytes_from_the_cache() {
+    let setup = setup(1);
+    let fetched = setup.read();
+    let first = setup.egress();
+    assert!(first >= fetched, "{first} left the registry, {fetched} arrived");
+    let again = setup.read();
+    let second = setup.egress() - first;
+    // The manifest alone is asked for again.
+    assert!(second < again / 50, "{second} bytes of {again} came from the registry: {}", setup.cache.log());
+}
+
+#[test]
+fn twenty_nodes_that_start_at_once_cost_the_registry_what_one_does() {
+    let setup = setup(2);
+    let fetched: Vec<u64> = std::thread::scope(|scope| {
+        let nodes: Vec<_> = (0..NODES).map(|_| scope.spawn(|| setup.read())).collect();
+        nodes.into_iter().map(|node| node.join().unwrap()).collect()
+    });
+    let (one, egress) = (*fetched.iter().max().unwrap(), setup.egress());
+    println!("{egress} bytes left the registry for {NODES} nodes of {one}: {:.3}", egress as f64 / one as f64);
+    assert!(egress as f64 <= 1.1 * one as f64, "{egress} bytes left the registry, one node needs {one}");
+}
