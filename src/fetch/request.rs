@@ -198,6 +198,7 @@ impl Shared {
                 Counters::add(&origin.counters().startup_bytes, piece.len() as u64);
             }
             let arrived = piece.len() as u64;
+            let background = priority(wants) == Priority::Background;
             let mut piece = &piece[..];
             while let Some(want) = wants.front().filter(|_| !piece.is_empty()) {
                 // The gap before the chunk, then the chunk.
@@ -216,7 +217,7 @@ impl Shared {
                     self.finish(origin, *number, want, std::mem::take(&mut stored)).await;
                 }
             }
-            if priority(wants) == Priority::Background && !wants.is_empty() {
+            if background {
                 self.throttle.pay(arrived, &gate, || wants.iter().any(|want| want.ticket.urgent())).await;
             }
             since = Instant::now();
