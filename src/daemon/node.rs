@@ -242,7 +242,13 @@ impl Node {
     pub async fn stop(&self, in_use: InUse) -> Stopped {
         let mut stopped = Stopped { detached: Vec::new(), left: Vec::new(), in_use: Vec::new(), stopping: false };
         for entry in self.devices.all() {
-            self.let_go(entry, in_use, &mut stopped).await;
+            let held = stopped.in_use.len();
+            self.let_go(Arc::clone(&entry), InUse::Refuse, &mut stopped).await;
+            let recovers = Transport::named(&entry.info().transport).is_some_and(Transport::recovers);
+            // Its readers would wait for the next daemon.
+            if in_use == InUse::Abandon && stopped.in_use.len() > held && recovers {
+                self.let_go(entry, InUse::Abandon, &mut stopped).await;
+            }
         }
         self.end(stopped, in_use)
     }
