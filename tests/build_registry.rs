@@ -63,6 +63,25 @@ fn all_platforms_of_an_image_in_a_registry() {
             Compare::AcrossFileSystems,
         );
     }
+
+    // One of them is chosen, or an error says which there are; the same for an image of one platform.
+    let chosen = |tag: &str, platform: &str| {
+        let mut one = request(&format!("{host}/plain:{tag}"), &format!("{host}/lazy:one"));
+        one.platforms = vec![platform.parse().unwrap()];
+        run(&one)
+    };
+    assert_eq!(chosen("all", "linux/arm64").unwrap().platforms, ["linux/arm64"]);
+    shell(
+        temp.path(),
+        &format!(
+            "skopeo inspect --raw --tls-verify=false docker://{host}/lazy:one | jq -e .layers
+            skopeo inspect --config --tls-verify=false docker://{host}/lazy:one | jq -e '.architecture == \"arm64\"'"
+        ),
+    );
+    let error = chosen("all", "linux/riscv64").unwrap_err().to_string();
+    assert!(error.contains("linux/riscv64") && error.contains("linux/amd64, linux/arm64"), "{error}");
+    let error = chosen("amd64", "linux/arm64").unwrap_err().to_string();
+    assert!(error.contains("linux/arm64") && error.contains("there is: linux/amd64"), "{error}");
 }
 
 /// skopeo and umoci keep the layer as it is, but a ustar time has no fraction.

@@ -290,3 +290,7 @@ impl Rootfs {
 #[cfg(test)]
 #[path = "rootfs/tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "rootfs/model.rs"]
+mod model;
