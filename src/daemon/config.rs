@@ -540,6 +540,7 @@ mod tests {
             "3M",
             "wait",
             "2M",
+            "startup",
             "true",
             "/d",
             "/h",

@@ -94,7 +94,7 @@ impl Readers {
             if state.misses.len() == MISSES {
                 state.misses.pop_front();
             }
-            state.misses.push_back((chunk.blob, chunk.offset + u64::from(chunk.stored_len)));
+            state.misses.push_back((chunk.blob, chunk.offset.saturating_add(chunk.stored_len.into())));
         }
         Reader(self)
     }

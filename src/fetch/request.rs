@@ -237,7 +237,8 @@ impl Shared {
         Box::pin(futures_util::stream::once(opened).try_flatten())
     }
 
-    /// Asks the best source other than `number`, if there is one that is not left alone and the extra load is in bounds.
+    /// Asks the best source other than `number`, if there is one that is neither spared nor left alone and the extra load is
+    /// in bounds.
     fn hedge(
         &self,
         origin: &Arc<Origin>,
@@ -250,8 +251,10 @@ impl Shared {
         let now = Instant::now();
         let wrong = wants.iter().fold(0, |wrong, want| wrong | want.wrong_once);
         let mut others = origin.health.order(now).into_iter();
-        let other =
-            others.find(|&other| other != number && wrong >> other & 1 == 0 && origin.health.usable(other, now))?;
+        let spared = |other: usize| origin.sources().get(other).is_some_and(|source| source.is_spared());
+        let other = others.find(|&other| {
+            other != number && wrong >> other & 1 == 0 && !spared(other) && origin.health.usable(other, now)
+        })?;
         let gate = self.gates.of(origin.sources().get(other)?.host());
         let pass = gate.try_enter(Priority::Demand)?;
         if !origin.hedging.may() {

@@ -44,6 +44,12 @@ pub trait Source: Send + Sync {
         self.name()
     }
 
+    /// Whether others stand before it to spare it, as mirrors before their registry: it is asked when they can't answer, and
+    /// not when they are slow.
+    fn is_spared(&self) -> bool {
+        false
+    }
+
     /// Starts to read `len` stored bytes from `offset` of `blob`.
     ///
     /// The implementation checks that the answer is the range that was asked for (a server that sends 200 for 206,

@@ -267,6 +267,14 @@ impl Source for Repository {
         }
     }
 
+    fn is_spared(&self) -> bool {
+        match self {
+            #[cfg(feature = "registry")]
+            Self::Registry(registry) => registry.is_spared(),
+            Self::Layout(layout) => layout.is_spared(),
+        }
+    }
+
     fn read_at<'a>(&'a self, blob: &'a Blob, offset: u64, len: u64) -> SourceFuture<'a, Body> {
         match self {
             #[cfg(feature = "registry")]

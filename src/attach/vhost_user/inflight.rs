@@ -19,6 +19,7 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, FileOffset, VolatileMemory};
 
 use super::disk::{QUEUE_SIZE_MAX, QUEUES};
+use super::memory::check_covers;
 
 const HEADER: usize = 16;
 const ENTRY: usize = 16;
@@ -81,7 +82,7 @@ impl Area {
         if !right || told.mmap_size < len as u64 {
             return Err(Error::InvalidParam);
         }
-        // It checks that the file is as long.
+        check_covers(&file, told.mmap_offset, len as u64)?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, told.mmap_offset), len).map_err(failed)?;
         Ok(Arc::new(Self { mapping, queues, queue_size }))
     }

@@ -52,8 +52,21 @@ fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::ReqHandlerError(std::io::Error::other(error))
 }
 
+/// Refuses a mapping of `len` bytes from `offset` that goes behind the end of the file: reading there would be a SIGBUS, and
+/// neither crate that maps it looks.
+///
+/// # Errors
+/// The file is shorter, or can't be asked.
+pub fn check_covers(file: &File, offset: u64, len: u64) -> Result<()> {
+    let bytes = file.metadata().map_err(refused)?.len();
+    if offset.checked_add(len).is_none_or(|end| end > bytes) {
+        return Err(refused(std::io::Error::other(format!("{len} bytes from {offset} of a file that has {bytes}"))));
+    }
+    Ok(())
+}
+
 fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Arc<GuestRegionMmap<()>>> {
-    // It checks that the file is as long as is claimed.
+    check_covers(&file, region.mmap_offset, region.memory_size)?;
     let mapping: MmapRegion<()> = region.mmap_region(file)?;
     GuestRegionMmap::new(mapping, GuestAddress(region.guest_phys_addr)).map(Arc::new).ok_or(Error::InvalidParam)
 }

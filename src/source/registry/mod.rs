@@ -40,6 +40,8 @@ pub struct Registry {
     /// How often a request that must not fail is tried.
     tries: u32,
     resolves: bool,
+    /// Whether it is a registry with mirrors before it.
+    spared: bool,
 }
 
 impl Registry {
@@ -64,7 +66,8 @@ impl Registry {
             // The next one is the second try.
             all.push(Self::at(mirror, reference, access, Purpose::Read, 1)?);
         }
-        all.push(Self { resolves: true, ..Self::at(&server, reference, access, Purpose::Read, TRIES)? });
+        let spared = !all.is_empty();
+        all.push(Self { resolves: true, spared, ..Self::at(&server, reference, access, Purpose::Read, TRIES)? });
         Ok(all)
     }
 
@@ -76,7 +79,8 @@ impl Registry {
         };
         let scope = format!("repository:{}:{actions}", reference.repository);
         let client = Client::new(host, &name, access)?;
-        Ok(Self { reference: reference.clone(), name, scope, client, tries, resolves: host.can(Capability::Resolve) })
+        let resolves = host.can(Capability::Resolve);
+        Ok(Self { reference: reference.clone(), name, scope, client, tries, resolves, spared: false })
     }
 
     /// Whether it may be asked what a tag stands for.
@@ -132,6 +136,10 @@ impl Source for Registry {
 
     fn host(&self) -> &str {
         self.client.host()
+    }
+
+    fn is_spared(&self) -> bool {
+        self.spared
     }
 
     fn read_at<'a>(&'a self, blob: &'a Blob, offset: u64, len: u64) -> SourceFuture<'a, Body> {
