@@ -5,8 +5,13 @@ use std::fmt;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use crate::error::Error;
 use crate::sys::namespace::unescape;
+
+/// How long a detach waits for those who have the device open for a moment, as udev does.
+const PASSERS_BY: Duration = Duration::from_secs(1);
 
 /// One user of a block device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +77,29 @@ pub fn find(path: &Path) -> Vec<Holder> {
     }
     holders.extend(processes);
     holders
+}
+
+/// Waits until nobody uses the block device at `path`: a second for processes that have it open, no time for mounts and
+/// devices. `Err` has the users that stay; it is empty when only `claimed` says that there are some.
+pub(super) fn wait_until_unused(path: &Path, claimed: impl Fn() -> bool) -> Result<(), Vec<Holder>> {
+    let deadline = Instant::now() + PASSERS_BY;
+    loop {
+        let found = find(path);
+        if found.is_empty() && !claimed() {
+            return Ok(());
+        }
+        let lasting = found.iter().any(|holder| !matches!(holder, Holder::Process(_)));
+        if lasting || Instant::now() >= deadline {
+            return Err(found);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The error for a device that `found` use; `unseen` says who does when none were found.
+pub(super) fn busy(path: &Path, found: &[Holder], unseen: &str) -> Error {
+    let by = if found.is_empty() { unseen.to_owned() } else { describe(found) };
+    Error::Busy(format!("{} is in use: {by}", path.display()))
 }
 
 fn pids() -> Vec<String> {

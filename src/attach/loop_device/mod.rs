@@ -25,8 +25,6 @@ mod fuse;
 
 /// Tries to get a free loop device: each may be taken by another process before it is bound.
 const TRIES: u32 = 64;
-/// How long a detach waits for those who have the device open for a moment, as udev does.
-const PASSERS_BY: Duration = Duration::from_secs(1);
 /// How long a detach waits for the kernel to release the device after the last close.
 const RELEASE: Duration = Duration::from_secs(5);
 /// What the names of firstread's loop devices begin with; the pid and start time of the server follow.
@@ -130,18 +128,7 @@ impl LoopAttachment {
     /// # Errors
     /// [`Error::Busy`] that names who uses the device.
     pub fn detach(&mut self) -> Result<()> {
-        let deadline = Instant::now() + PASSERS_BY;
-        loop {
-            let found = self.holders();
-            if found.is_empty() {
-                break;
-            }
-            let lasting = found.iter().any(|holder| !matches!(holder, Holder::Process(_)));
-            if lasting || Instant::now() >= deadline {
-                return Err(self.busy(&found));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        holders::wait_until_unused(&self.path, || false).map_err(|found| self.busy(&found))?;
         self.held = None;
         if self.wait_for_release(RELEASE) {
             return Ok(());
@@ -165,8 +152,7 @@ impl LoopAttachment {
     }
 
     fn busy(&self, found: &[Holder]) -> Error {
-        let by = if found.is_empty() { "by an unknown process".to_owned() } else { holders::describe(found) };
-        Error::Busy(format!("{} is in use: {by}", self.path.display()))
+        holders::busy(&self.path, found, "by an unknown process")
     }
 
     /// The session ends when the kernel has let go of the FUSE file, which the loop device had open.

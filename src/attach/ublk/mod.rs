@@ -43,8 +43,6 @@ const IO_MAX: u32 = 1 << 20;
 pub const QUEUE_DEPTH_MAX: u16 = 1024;
 /// Most queues of a device.
 pub const QUEUES_MAX: u16 = 16;
-/// How long a detach waits for those who have the device open for a moment, as udev does.
-const PASSERS_BY: Duration = Duration::from_secs(1);
 /// How long queues have to end after the kernel stopped their device.
 const ENDING: Duration = Duration::from_secs(5);
 /// How long device nodes have to appear.
@@ -283,22 +281,8 @@ impl UblkAttachment {
     }
 
     fn wait_until_unused(&self) -> Result<()> {
-        let deadline = Instant::now() + PASSERS_BY;
-        loop {
-            let found = self.holders();
-            let lasting = found.iter().any(|holder| !matches!(holder, Holder::Process(_)));
-            if found.is_empty() && !claimed(&self.path) {
-                return Ok(());
-            }
-            if lasting || Instant::now() >= deadline {
-                let by = match found.as_slice() {
-                    [] => "by a mount or a device that can't be seen from here".to_owned(),
-                    found => holders::describe(found),
-                };
-                return Err(Error::Busy(format!("{} is in use: {by}", self.path.display())));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        holders::wait_until_unused(&self.path, || claimed(&self.path))
+            .map_err(|found| holders::busy(&self.path, &found, "by a mount or a device that can't be seen from here"))
     }
 }
 

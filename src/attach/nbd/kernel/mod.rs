@@ -28,8 +28,6 @@ use netlink::{Client, NewDevice};
 
 mod netlink;
 
-/// How long a detach waits for those who have the device open for a moment, as udev does.
-const PASSERS_BY: Duration = Duration::from_secs(1);
 /// How long a new device may take to appear, and an old one to go.
 const APPEARS: Duration = Duration::from_secs(5);
 /// Between a connection's end and the next try to replace it, at first and at most.
@@ -332,19 +330,9 @@ impl NbdAttachment {
     /// # Errors
     /// [`Error::Busy`] that names who uses the device, or what the system says.
     pub fn detach(&mut self) -> Result<()> {
-        let deadline = Instant::now() + PASSERS_BY;
-        loop {
-            let found = self.holders();
-            if found.is_empty() {
-                return self.fail();
-            }
-            let lasting = found.iter().any(|holder| !matches!(holder, Holder::Process(_)));
-            if lasting || Instant::now() >= deadline {
-                let by = holders::describe(&found);
-                return Err(Error::Busy(format!("{} is in use: {by}", self.path.display())));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let busy = |found: Vec<Holder>| holders::busy(&self.path, &found, "by an unknown process");
+        holders::wait_until_unused(&self.path, || false).map_err(busy)?;
+        self.fail()
     }
 
     /// Disconnects the device, whoever uses it: what they read from now on fails.
