@@ -20,8 +20,8 @@ use super::read_ahead;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::sys::ublk::{
-    Control, DeviceInfo, F_CMD_IOCTL_ENCODE, F_NEED_GET_DATA, F_USER_RECOVERY, F_USER_RECOVERY_REISSUE, QueueFiles,
-    S_DEAD, S_QUIESCED,
+    Control, DeviceInfo, F_CMD_IOCTL_ENCODE, F_USER_COPY, F_USER_RECOVERY, F_USER_RECOVERY_REISSUE, QueueFiles, S_DEAD,
+    S_QUIESCED,
 };
 
 mod queue;
@@ -33,7 +33,7 @@ pub use server::{Mark, UblkServer};
 /// What every device needs of the driver.
 const NEEDED: [(u64, &str); 4] = [
     (F_CMD_IOCTL_ENCODE, "ioctl-encoded commands"),
-    (F_NEED_GET_DATA, "data on demand"),
+    (F_USER_COPY, "copies by the server"),
     (F_USER_RECOVERY, "recovery"),
     (F_USER_RECOVERY_REISSUE, "recovery with reissue"),
 ];
@@ -90,6 +90,10 @@ pub fn obstacle() -> Option<String> {
     missing.map(|(_, name)| format!("the kernel's driver has no {name}"))
 }
 
+fn needed_flags() -> u64 {
+    NEEDED.iter().fold(0, |flags, (flag, _)| flags | flag)
+}
+
 /// A device attached as `/dev/ublkbN`. Dropping it leaves the device to the next process.
 #[derive(Debug)]
 pub struct UblkAttachment {
@@ -106,9 +110,8 @@ pub struct UblkAttachment {
 pub fn attach(server: &Arc<UblkServer>, device: Arc<dyn Device>, read_ahead_kb: u32) -> Result<UblkAttachment> {
     let mut control = open_control()?;
     let options = server.options();
-    let flags = NEEDED.iter().fold(0, |flags, (flag, _)| flags | flag);
     let (queues, depth) = (options.queues.max(1), options.queue_depth.clamp(1, QUEUE_DEPTH_MAX));
-    let mut info = DeviceInfo::wanted(queues, depth, IO_MAX, flags, server.mark().0);
+    let mut info = DeviceInfo::wanted(queues, depth, IO_MAX, needed_flags(), server.mark().0);
     control.add(&mut info).map_err(|error| Error::io("make a ublk device", error))?;
     let number = info.number;
     let started = || -> Result<UblkAttachment> {
@@ -167,6 +170,11 @@ pub fn recover(server: &Arc<UblkServer>, number: u32, device: Arc<dyn Device>) -
         let size = control.size(number).map_err(failed("ask for the size of"))?;
         if size != device.size() {
             let reason = format!("/dev/ublkb{number} has {size} bytes, the image {}", device.size());
+            return Err(Error::invalid("device to take over", reason));
+        }
+        if info.flags & needed_flags() != needed_flags() {
+            let reason =
+                format!("/dev/ublkb{number} was made by another version of firstread; detach it with that one");
             return Err(Error::invalid("device to take over", reason));
         }
         if info.state == S_QUIESCED {

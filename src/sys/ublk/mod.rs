@@ -8,8 +8,6 @@ mod ring;
 pub use control::Control;
 pub use ring::{Command, Event, QueueFiles, QueueRing, Request, Waker};
 
-/// A request is given to the server only when it asks for a write's data, so that reads need no buffer of their own.
-pub const F_NEED_GET_DATA: u64 = 1 << 2;
 /// The device outlives its server, whose successor takes it over.
 pub const F_USER_RECOVERY: u64 = 1 << 3;
 /// Requests that the dead server had are given to its successor.
@@ -18,6 +16,8 @@ pub const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 pub const F_UNPRIVILEGED_DEV: u64 = 1 << 5;
 /// Commands are ioctl-encoded.
 pub const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
+/// The server reads and writes a request's data through the character device.
+pub const F_USER_COPY: u64 = 1 << 7;
 
 /// Not started, or stopped.
 pub const S_DEAD: u16 = 0;

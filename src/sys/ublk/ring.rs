@@ -1,8 +1,8 @@
 //! A ring that serves queues of ublk devices from one thread.
 //!
-//! The driver copies a read's data from the server's memory while it takes the command that commits the read, inside of
-//! the `io_uring_enter` that submits it (`kernel-notes/ublk.md`). So the data need live only until [`QueueRing::wait`]
-//! returns, and one arena serves all queues of the thread.
+//! A read's data are written to the character device ([`QueueFiles::fill`]), and the answer then says that they are there.
+//! The driver can also fetch them from an address in the answer; then a server that is killed at that moment leaves a
+//! reader with an error, or with a request cut at a byte that is no sector's (`kernel-notes/ublk.md`).
 
 use std::fs::File;
 use std::io;
@@ -15,16 +15,19 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use super::{IoCommand, IoDescriptor, READ_WRITE, SECTOR, command};
 
+/// `UBLKSRV_IO_BUF_OFFSET`, `UBLK_TAG_OFF` and `UBLK_QID_OFF`: where a request's data are in the character device.
+const DATA_OFFSET: u64 = 0x8000_0000;
+const TAG_SHIFT: u32 = 25;
+const QUEUE_SHIFT: u32 = 41;
+/// Tries to write data of which the driver takes nothing.
+const TRIES: u32 = 16;
+
 const fn io_op(number: u32) -> u32 {
     command(READ_WRITE, size_of::<IoCommand>(), number)
 }
 
 const FETCH_REQ: u32 = io_op(0x20);
 const COMMIT_AND_FETCH_REQ: u32 = io_op(0x21);
-const NEED_GET_DATA: u32 = io_op(0x22);
-
-/// `UBLK_IO_RES_NEED_GET_DATA`.
-const RES_NEED_GET_DATA: i32 = 1;
 
 const MAX_QUEUE_DEPTH: usize = 4096;
 
@@ -65,13 +68,6 @@ pub enum Event {
     /// A tag of the queue `slot` has a request.
     Request {
         /// The queue, as it was named to [`QueueRing::fetch`].
-        slot: u32,
-        /// The request's tag.
-        tag: u16,
-    },
-    /// A tag of the queue `slot` wants to give a write's data.
-    Data {
-        /// The queue.
         slot: u32,
         /// The request's tag.
         tag: u16,
@@ -161,6 +157,26 @@ impl QueueFiles {
         let len = found.sectors.saturating_mul(SECTOR);
         Ok(Request { command, offset: found.start.saturating_mul(u64::from(SECTOR)), len })
     }
+
+    /// Gives the read that `tag` has its data. The request is still to be answered.
+    ///
+    /// # Errors
+    /// EINVAL when the tag has no read any more, or what the system says.
+    pub fn fill(&self, tag: u16, data: &[u8]) -> io::Result<()> {
+        let start = DATA_OFFSET + (u64::from(self.queue) << QUEUE_SHIFT) + (u64::from(tag) << TAG_SHIFT);
+        let (mut done, mut tries) = (0, 0);
+        while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
+            match rustix::io::pwrite(&*self.device, rest, start + done as u64) {
+                // Pages that could not be had for the moment.
+                Ok(0) if tries == TRIES => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(0) => tries += 1,
+                Ok(count) => done += count,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Wakes the thread of a ring.
@@ -180,29 +196,19 @@ pub struct QueueRing {
     ring: IoUring,
     waker: Waker,
     polling: bool,
-    /// Where hits are read to; what is committed from it stays there until the ring is submitted.
-    arena: memmap2::MmapMut,
-    used: usize,
-    /// Other data that was committed.
-    committed: Vec<Vec<u8>>,
     /// What has happened and was not told yet: user data and result.
     answers: Vec<(u64, i32)>,
-    /// Where data of writes go that nobody wants.
-    sink: Option<memmap2::MmapMut>,
 }
 
 impl QueueRing {
-    /// A ring with an arena of so many bytes.
+    /// A ring without queues.
     ///
     /// # Errors
     /// What the system says.
-    pub fn new(arena: usize) -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         let ring = IoUring::builder().setup_cqsize(2 * ENTRIES).setup_coop_taskrun().build(ENTRIES)?;
         let waker = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let arena = memmap2::MmapMut::map_anon(arena)?;
-        let waker = Waker(Arc::new(waker));
-        let (committed, answers) = (Vec::new(), Vec::new());
-        Ok(Self { ring, waker, polling: false, arena, used: 0, committed, answers, sink: None })
+        Ok(Self { ring, waker: Waker(Arc::new(waker)), polling: false, answers: Vec::new() })
     }
 
     /// What wakes this ring's thread.
@@ -211,62 +217,12 @@ impl QueueRing {
         self.waker.clone()
     }
 
-    /// `len` bytes of the arena, after all that are in use. When there are not so many left, what was committed is
-    /// submitted first.
-    ///
-    /// # Errors
-    /// More than the whole arena, or what the system says.
-    pub fn buffer(&mut self, len: usize) -> io::Result<&mut [u8]> {
-        if self.arena.len() - self.used < len {
-            self.submit()?;
-        }
-        let start = self.used;
-        self.arena.get_mut(start..start.saturating_add(len)).ok_or_else(|| io::ErrorKind::InvalidInput.into())
-    }
-
-    /// Answers a read with the first `len` bytes of what [`buffer`](Self::buffer) gave last.
-    ///
-    /// # Errors
-    /// More than the buffer has, or what the system says.
-    pub fn commit_buffer(&mut self, files: &QueueFiles, slot: u32, tag: u16, len: u32) -> io::Result<()> {
-        let data = self.arena.get(self.used..).and_then(|rest| rest.get(..len as usize));
-        let addr = data.ok_or(io::ErrorKind::InvalidInput)?.as_ptr() as u64;
-        // The next one is aligned as the data of a disk.
-        self.used = (self.used + len as usize).next_multiple_of(SECTOR as usize).min(self.arena.len());
-        self.command(COMMIT_AND_FETCH_REQ, files, slot, tag, len.cast_signed(), addr)
-    }
-
-    /// Answers a read with `data`.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn commit_data(&mut self, files: &QueueFiles, slot: u32, tag: u16, data: Vec<u8>) -> io::Result<()> {
-        let (len, addr) = (i32::try_from(data.len()).map_err(io::Error::other)?, data.as_ptr() as u64);
-        self.committed.push(data);
-        self.command(COMMIT_AND_FETCH_REQ, files, slot, tag, len, addr)
-    }
-
-    /// Answers with a number of bytes without data, or with a negative errno.
+    /// Answers a request with the number of its bytes that were read, or with a negative errno.
     ///
     /// # Errors
     /// What the system says.
     pub fn commit(&mut self, files: &QueueFiles, slot: u32, tag: u16, result: i32) -> io::Result<()> {
-        // An address has to be there; nothing is copied for an error.
-        let addr = self.arena.as_ptr() as u64;
-        self.command(COMMIT_AND_FETCH_REQ, files, slot, tag, result, addr)
-    }
-
-    /// Takes a write's data; the request comes next. Nothing looks at the data yet: they are dropped.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn take_data(&mut self, files: &QueueFiles, slot: u32, tag: u16) -> io::Result<()> {
-        let sink = match self.sink.take() {
-            Some(sink) => sink,
-            None => memmap2::MmapMut::map_anon(self.arena.len())?,
-        };
-        let addr = self.sink.insert(sink).as_ptr() as u64;
-        self.command(NEED_GET_DATA, files, slot, tag, 0, addr)
+        self.command(COMMIT_AND_FETCH_REQ, files, slot, tag, result)
     }
 
     /// Fetches requests for every tag of every one of the queues, in one `io_uring_enter`, and maps them.
@@ -281,7 +237,7 @@ impl QueueRing {
         }
         for (slot, files) in queues.iter() {
             for tag in 0..files.depth {
-                self.command(FETCH_REQ, files, *slot, tag, 0, 0)?;
+                self.command(FETCH_REQ, files, *slot, tag, 0)?;
             }
         }
         self.submit()?;
@@ -308,7 +264,6 @@ impl QueueRing {
             let (slot, tag) = ((data >> 16) as u32, data as u16);
             events.push(match result {
                 0 => Event::Request { slot, tag },
-                RES_NEED_GET_DATA => Event::Data { slot, tag },
                 _ => Event::Ended { slot, tag, errno: -result },
             });
         }
@@ -321,8 +276,8 @@ impl QueueRing {
         Ok(())
     }
 
-    fn command(&mut self, op: u32, files: &QueueFiles, slot: u32, tag: u16, result: i32, addr: u64) -> io::Result<()> {
-        let command = IoCommand { queue: files.queue, tag, result, addr };
+    fn command(&mut self, op: u32, files: &QueueFiles, slot: u32, tag: u16, result: i32) -> io::Result<()> {
+        let command = IoCommand { queue: files.queue, tag, result, addr: 0 };
         // SAFETY: the structure has no padding.
         let bytes: [u8; size_of::<IoCommand>()] = unsafe { std::mem::transmute(command) };
         let entry = opcode::UringCmd16::new(types::Fd(files.device.as_raw_fd()), op).cmd(bytes).build();
@@ -334,9 +289,7 @@ impl QueueRing {
             self.submit()?;
         }
         // SAFETY: the descriptors are open: the caller has the queue's file, and the ring its waker; the kernel takes
-        // references of its own on submission. Memory named by a command is in the arena or in `committed`, and is
-        // neither moved, reused nor freed before `submit` or `wait` has submitted the command, in which the driver
-        // copies the data (see the module).
+        // references of its own on submission. No entry names memory of this process.
         unsafe { self.ring.submission().push(entry) }.map_err(io::Error::other)
     }
 
@@ -360,8 +313,6 @@ impl QueueRing {
                 break;
             }
         }
-        self.used = 0;
-        self.committed.clear();
         Ok(())
     }
 }
