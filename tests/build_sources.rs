@@ -10,6 +10,7 @@ mod ext4;
 mod nodes;
 
 use built::{Layout, request, run, shell, tool, try_build};
+use firstread::build::{Limits, Request};
 use nodes::{Compare, assert_same};
 use tempfile::TempDir;
 
@@ -67,6 +68,28 @@ fn a_directory_is_on_the_device_node_by_node() {
     assert_eq!(report.new_chunks, report.chunks);
     let found = Layout(layout).tree(&report.digest.to_string(), temp.path());
     assert_same(&nodes::read(&source), &found, Compare::AcrossFileSystems);
+}
+
+/// Names are listed ahead of the contents that are read: an error of either ends both, and names the path.
+#[test]
+fn a_directory_beyond_a_limit_is_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    shell(
+        temp.path(),
+        "mkdir -p tree/a/b/c/d; for n in $(seq 400); do echo $n > tree/a/b/$n; done; head -c 5000 /dev/zero > tree/a/b/long",
+    );
+    let defaults = Limits::default();
+    for (limits, words) in [
+        (Limits { depth: 3, ..defaults }, ["tree/a/b/c/d", "too deep"]),
+        (Limits { entries: 100, ..defaults }, ["tree/a/b/", "100 entries"]),
+        (Limits { file_bytes: 4999, ..defaults }, ["tree/a/b/long", "5000 bytes"]),
+    ] {
+        let source = format!("dir:{}", temp.path().join("tree").display());
+        let error =
+            run(&Request { limits, ..request(&source, &format!("oci:{}:t", temp.path().join("out").display())) });
+        let error = error.unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{words:?} in {error}");
+    }
 }
 
 #[test]
