@@ -1,16 +1,20 @@
 //! Devices: what a disk is.
 //!
 //! A transport asks [`Device::read_local`] first, on its own thread: that answers from local data or zeros and never
-//! waits for the network. What it can't answer goes to [`Device::read_at`], which may wait.
+//! waits for the network. What it can't answer goes to [`Device::read_at`], which may wait. Writes are alike; what makes
+//! them durable, and zeros, may take the disk's time and are futures only.
 
 mod image;
+mod overlay;
 mod touch;
+pub mod upper;
 mod waits;
 
 use std::future::Future;
 use std::pin::Pin;
 
 pub use image::{ImageDevice, ReadCounts};
+pub use overlay::Overlay;
 pub use waits::Wait;
 
 use crate::error::{Error, Result};
@@ -39,6 +43,26 @@ pub enum Residence {
     Remote,
 }
 
+/// What may be done with a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reads only.
+    ReadOnly,
+    /// Writes as well.
+    ReadWrite,
+}
+
+/// How a range is made zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// Its user needs it no more: whole blocks become zeros, parts of blocks stay as they are.
+    Discard,
+    /// It reads as zeros, and its room is given back.
+    Hole,
+    /// It reads as zeros, and later writes need no more room than they would have.
+    Allocated,
+}
+
 /// A logical disk. All offsets and lengths are in bytes; any alignment is served.
 ///
 /// Implemented by the image (map and pool) and by an overlay of an upper over it.
@@ -64,6 +88,53 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`Error::Invalid`] for a range that is not inside the device.
     fn residence(&self, offset: u64, len: u64) -> Result<Vec<(u64, Residence)>>;
+
+    /// What may be done with it.
+    fn access(&self) -> Access {
+        Access::ReadOnly
+    }
+
+    /// Writes `data` at `offset` if that needs no source; [`Local::Missing`]: nothing was written. Costs no more than the
+    /// writes of local files.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a range that is not inside the device, EROFS of a device that can't be written, ENOSPC, or
+    /// what else the system says; the range's bytes are then old or new.
+    fn write_local(&self, offset: u64, data: &[u8]) -> Result<Local> {
+        let _ = (offset, data);
+        Err(read_only())
+    }
+
+    /// Writes `data` at `offset`, fetching what is missing. It is durable after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// As of [`write_local`](Self::write_local), or the error of the fetch.
+    fn write_at<'a>(&'a self, offset: u64, data: &'a [u8]) -> DeviceFuture<'a, ()> {
+        let _ = (offset, data);
+        Box::pin(async { Err(read_only()) })
+    }
+
+    /// Makes `len` bytes from `offset` zeros. It is durable after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// As of [`write_at`](Self::write_at).
+    fn zero(&self, offset: u64, len: u64, how: Zeroing) -> DeviceFuture<'_, ()> {
+        let _ = (offset, len, how);
+        Box::pin(async { Err(read_only()) })
+    }
+
+    /// Makes all writes durable that were answered before. To be awaited on a tokio runtime.
+    ///
+    /// # Errors
+    /// What the system says; the writes must then be taken for lost.
+    fn flush(&self) -> DeviceFuture<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// The error of whoever writes to a device that can't be written.
+fn read_only() -> Error {
+    Error::io("write to a read-only device", std::io::ErrorKind::ReadOnlyFilesystem.into())
 }
 
 /// Checks that `len` bytes from `offset` are inside a device of `size` bytes.

@@ -123,6 +123,14 @@ impl CrashDisk {
         Self(Arc::new(Mutex::new(State { files, now: names.clone(), durable: names, ..State::default() })))
     }
 
+    /// The disk as the next process finds it when only this one was killed, or ended: nothing is lost, and what was not
+    /// durable is not durable yet.
+    pub fn after_crash_of_process(&self) -> Self {
+        let state = self.0.lock();
+        let (files, now, durable) = (state.files.clone(), state.now.clone(), state.durable.clone());
+        Self(Arc::new(Mutex::new(State { files, now, durable, pending: state.pending.clone(), ..State::default() })))
+    }
+
     /// Begins a change, or fails when the power is off.
     fn change<T>(&self, change: impl FnOnce(&mut State) -> io::Result<T>) -> io::Result<T> {
         let mut state = self.0.lock();

@@ -1,0 +1,475 @@
+//! The upper: what was written to a device, over an image that never changes.
+//!
+//! A directory with four files: `header` (which lower it belongs to, how large it is), `data` (a sparse file of the
+//! device's size: block N is at N × 4096), `map` (a bit a block: the block is in `data`), `live` (a byte a block: the same,
+//! for a process that is killed). A block that is not in the map is the lower's. A block of zeros that was discarded or
+//! zeroed is in the map, and a hole in `data`.
+//!
+//! # What is there after a crash
+//!
+//! A write is first in `data`, then in `live`, then in memory, and then it is answered. [`Upper::flush`] makes `data`
+//! durable, then writes and syncs those bits of `map` that were set before that sync began, and then is answered. So:
+//!
+//! - *The machine loses power.* `live` names another start of the machine and is not looked at. Every bit in `map` was
+//!   written after the block's data were durable: a bit that is there means data that are there. What was flushed is there.
+//!   A block that was first written since the last flush is the lower's or the written one, whole, since its bit is in one
+//!   sector of `map` and a medium tears at sectors only. A block that was in the map and is overwritten in place is as the
+//!   medium leaves it: old or new by sectors of 512 bytes, as on any disk. Bits are only ever set, and each sector of `map`
+//!   has a checksum of its own, so that any mix of old and new sectors is a map.
+//! - *This process is killed.* What it gave to the system is there, and `live` says which blocks that are: every write that
+//!   was answered is there, flushed or not. The block layer above counts on that, since for it nothing has happened.
+//! - *The upper is being made, or made larger.* Its files are durable before the header that names their size is put in
+//!   place with a rename. Without a header nothing was ever answered, and it is made anew.
+//!
+//! When the system says that a sync of `data` failed, it has dropped what it could not write, and a later sync would not say
+//! so again: from then on every write and flush fails until the upper is opened again. A disk that is full fails the write,
+//! nothing else.
+//!
+//! # Order of writes
+//!
+//! Blocks that are in the map are written in place, without any order of ours: who writes the same bytes at the same time gets
+//! either. Whoever writes a block for the first time claims it meanwhile ([`Claims`]), since a part of it is completed from
+//! the lower, and must not undo what somebody else wrote beside it.
+//!
+//! Memory: 16 bytes for each 15.75 MiB of the device, and 0.5 KiB for each of these parts that was written to.
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::device::check_range;
+use crate::error::{Error, Result};
+use crate::index::{BLOCK, DEVICE_MAX};
+use crate::media::{Directory, Media, MediaDir};
+
+mod claims;
+mod header;
+mod live;
+mod map;
+
+pub use claims::{Claim, Claims};
+use header::Header;
+pub use header::LowerIdentity;
+use live::Live;
+use map::BlockMap;
+
+const DATA: &str = "data";
+const MAP: &str = "map";
+
+/// Bytes of a block as the offsets count.
+const BLOCK_BYTES: u64 = BLOCK as u64;
+/// Zeros that are written at a time where holes are not possible or not wanted.
+const ZEROS: usize = 1 << 20;
+
+/// How long an upper is to last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// What is flushed survives a loss of power.
+    Kept,
+    /// It lasts as long as the machine runs, as the device does: a flush costs nothing.
+    Private,
+}
+
+/// How an upper is opened.
+#[derive(Clone, Debug)]
+pub struct UpperOptions {
+    /// Size of the device in bytes, at least the lower's; rounded up to blocks. `None`: as it is, or the lower's.
+    pub size: Option<u64>,
+    /// How long it is to last.
+    pub durability: Durability,
+    /// What tells this start of the machine from others.
+    pub boot: String,
+}
+
+/// What is done with the room of blocks that become zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// It is given back to the disk.
+    GivenBack,
+    /// It stays taken, so that later writes need none.
+    Kept,
+}
+
+/// An upper that is open. Whoever has it open is the only one.
+pub struct Upper {
+    name: String,
+    size: u64,
+    lower: LowerIdentity,
+    durability: Durability,
+    data: Box<dyn Media>,
+    map_file: Box<dyn Media>,
+    live: Live,
+    map: BlockMap,
+    claims: Arc<Claims>,
+    flusher: Flusher,
+    /// Why `data` can't be trusted any more.
+    failed: OnceLock<Error>,
+    /// The directory, locked. `None` in tests.
+    _lock: Option<File>,
+}
+
+impl std::fmt::Debug for Upper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upper").field("name", &self.name).field("size", &self.size).finish_non_exhaustive()
+    }
+}
+
+impl Upper {
+    /// Opens the upper in the directory `dir` over `lower`, and makes what is not there.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when somebody has it open, [`Error::Invalid`] when it belongs to another lower, is of another size
+    /// or is damaged, or what the system says.
+    pub fn open(dir: &Path, lower: &LowerIdentity, options: &UpperOptions) -> Result<Self> {
+        let name = dir.display().to_string();
+        let failed = |error| Error::io(format!("open the upper {name}"), error);
+        fs::create_dir_all(dir).map_err(failed)?;
+        let lock = File::open(dir).map_err(failed)?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::Busy(format!("the upper {name} is in use by another device; detach that first")));
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        let upper = Self::open_on(&Directory::new(dir), &name, lower, options)?;
+        Ok(Self { _lock: Some(lock), ..upper })
+    }
+
+    /// As [`open`](Self::open), in a directory that nobody else has.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open), but for [`Error::Busy`].
+    pub fn open_on(dir: &dyn MediaDir, name: &str, lower: &LowerIdentity, options: &UpperOptions) -> Result<Self> {
+        let failed = |error| Error::io(format!("open the upper {name}"), error);
+        let wanted = options.size.map(|size| wanted_size(size, lower)).transpose()?;
+        let found = Header::read(dir, name)?;
+        let size = match &found {
+            Some(header) => {
+                header.check(lower, name)?;
+                match wanted {
+                    Some(wanted) if wanted < header.device_bytes => {
+                        let reason = format!("{name} has {} bytes; it can grow, not shrink", header.device_bytes);
+                        return Err(Error::invalid("size of an upper", reason));
+                    }
+                    wanted => wanted.unwrap_or(header.device_bytes),
+                }
+            }
+            None => wanted.unwrap_or(lower.device_bytes),
+        };
+        let grows = found.as_ref().is_none_or(|header| header.device_bytes < size);
+        let (data, map_file) = match &found {
+            None => make_files(dir, name)?,
+            Some(_) => (dir.open(DATA).map_err(failed)?, dir.open(MAP).map_err(failed)?),
+        };
+        let map_bytes = BlockMap::file_bytes(size / BLOCK_BYTES);
+        if grows {
+            let make = || -> io::Result<()> {
+                data.set_len(size)?;
+                data.sync()?;
+                map_file.set_len(map_bytes)?;
+                map_file.sync()?;
+                // The files' names are there before the header's.
+                dir.sync()?;
+                Header::new(lower.clone(), size).write(dir)
+            };
+            make().map_err(|error| Error::io(format!("make the upper {name} of {size} bytes"), error))?;
+        }
+        let lengths = (data.len().map_err(failed)?, map_file.len().map_err(failed)?);
+        if lengths.0 < size || lengths.1 < map_bytes {
+            let reason = format!("{name}: its files have {} and {} bytes, too few for {size}", lengths.0, lengths.1);
+            return Err(Error::invalid("upper", reason));
+        }
+        let map = BlockMap::load(map_file.as_ref(), size / BLOCK_BYTES, name)?;
+        let live = Live::open(dir, &options.boot, &map).map_err(failed)?;
+        Ok(Self {
+            name: name.to_owned(),
+            size,
+            lower: lower.clone(),
+            durability: options.durability,
+            data,
+            map_file,
+            live,
+            map,
+            claims: Arc::new(Claims::default()),
+            flusher: Flusher::default(),
+            failed: OnceLock::new(),
+            _lock: None,
+        })
+    }
+
+    /// Size of the device in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// What it lies over.
+    #[must_use]
+    pub fn lower(&self) -> &LowerIdentity {
+        &self.lower
+    }
+
+    /// Whoever writes a block for the first time claims it here.
+    #[must_use]
+    pub fn claims(&self) -> &Arc<Claims> {
+        &self.claims
+    }
+
+    /// Whether block `start` is in the upper, and how many blocks from there on, before `end`, are alike.
+    #[must_use]
+    pub fn run(&self, start: u64, end: u64) -> (bool, u64) {
+        self.map.run(start, end)
+    }
+
+    /// Whether all of these blocks are in the upper.
+    #[must_use]
+    pub fn has(&self, blocks: &Range<u64>) -> bool {
+        blocks.start >= blocks.end || self.run(blocks.start, blocks.end) == (true, blocks.end - blocks.start)
+    }
+
+    /// The blocks that are in the upper, as runs in order.
+    pub fn changed(&self) -> impl Iterator<Item = Range<u64>> {
+        let end = self.size / BLOCK_BYTES;
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            while at < end {
+                let (start, (changed, len)) = (at, self.run(at, end));
+                at += len;
+                if changed {
+                    return Some(start..at);
+                }
+            }
+            None
+        })
+    }
+
+    /// Reads what is in the upper: all of the range's blocks must be.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        check_range(self.size, offset, buf.len() as u64)?;
+        self.data.read(offset, buf).map_err(|error| self.error("read", error))
+    }
+
+    /// Writes to `data` alone: over blocks that are in the upper, or over whole ones that are claimed and that
+    /// [`add`](Self::add) is called for afterwards.
+    ///
+    /// # Errors
+    /// What the system says; part of the range may then be written.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.check()?;
+        check_range(self.size, offset, bytes.len() as u64)?;
+        self.data.write(offset, bytes).map_err(|error| self.error("write to", error))
+    }
+
+    /// Makes whole blocks zeros, as [`write`](Self::write) does.
+    ///
+    /// # Errors
+    /// What the system says; part of the range may then be zeros.
+    pub fn zero(&self, blocks: &Range<u64>, room: Room) -> Result<()> {
+        self.check()?;
+        let (mut offset, len) = (blocks.start * BLOCK_BYTES, (blocks.end - blocks.start) * BLOCK_BYTES);
+        check_range(self.size, offset, len)?;
+        if room == Room::GivenBack {
+            match self.data.punch(offset, len) {
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) => {}
+                punched => return punched.map_err(|error| self.error("discard in", error)),
+            }
+        }
+        let zeros = vec![0; ZEROS.min(len as usize)];
+        let end = offset + len;
+        while offset < end {
+            let part = zeros.get(..(end - offset).min(ZEROS as u64) as usize).unwrap_or_default();
+            self.data.write(offset, part).map_err(|error| self.error("write to", error))?;
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Takes blocks into the upper, whose data were written whole under `claim`.
+    ///
+    /// # Errors
+    /// What the system says; the blocks are then the lower's as before.
+    pub fn add(&self, claim: &Claim, blocks: &Range<u64>) -> Result<()> {
+        debug_assert!(claim.covers(blocks));
+        self.live.add(blocks).map_err(|error| self.error("write to", error))?;
+        self.map.set(blocks);
+        Ok(())
+    }
+
+    /// Makes everything durable that was answered before. Blocks, for as long as the disk takes; several at a time share
+    /// one sync.
+    ///
+    /// # Errors
+    /// What the system says. What could not be written to the map is tried again with the next flush; a failed sync of the
+    /// data is for good.
+    pub fn flush(&self) -> Result<()> {
+        self.check()?;
+        match self.durability {
+            Durability::Private => Ok(()),
+            Durability::Kept => self.flusher.flush(|| self.sync()),
+        }
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.check()?;
+        // Only bits whose data were written before the sync of the data begins.
+        let snapshot = self.map.take_dirty();
+        let data = self.data.sync().map_err(|error| self.error("sync", error));
+        let synced = data.inspect_err(|error| drop(self.failed.set(error.clone()))).and_then(|()| {
+            if snapshot.is_empty() {
+                return Ok(());
+            }
+            let written = snapshot.write(self.map_file.as_ref()).and_then(|()| self.map_file.sync());
+            written.map_err(|error| self.error("write the map of", error))
+        });
+        if synced.is_err() {
+            self.map.put_back(&snapshot);
+        }
+        synced
+    }
+
+    fn check(&self) -> Result<()> {
+        match self.failed.get() {
+            None => Ok(()),
+            Some(error) => {
+                let action = format!("write to the upper {} after it failed ({error}); attach it anew", self.name);
+                Err(Error::io(action, io::Error::from_raw_os_error(rustix::io::Errno::IO.raw_os_error())))
+            }
+        }
+    }
+
+    fn error(&self, what: &str, error: io::Error) -> Error {
+        Error::io(format!("{what} the upper {}", self.name), error)
+    }
+}
+
+/// The lower that the upper in the directory `dir` belongs to, and the size of its device; `None` when there is no upper.
+///
+/// # Errors
+/// A damaged one, or what the system says.
+pub fn describe(dir: &Path) -> Result<Option<(LowerIdentity, u64)>> {
+    let header = Header::read(&Directory::new(dir), &dir.display().to_string())?;
+    Ok(header.map(|header| (header.lower, header.device_bytes)))
+}
+
+/// Removes the upper in the directory `dir`, and the directory if nothing else is in it. One that is not there is removed.
+///
+/// # Errors
+/// [`Error::Busy`] when somebody has it open, or what the system says.
+pub fn discard(dir: &Path) -> Result<()> {
+    let name = dir.display();
+    let failed = |error| Error::io(format!("remove the upper {name}"), error);
+    let lock = match File::open(dir) {
+        Ok(lock) => lock,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    };
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Err(Error::Busy(format!("the upper {name} is in use by a device; detach that first")));
+    }
+    for file in [header::NAME, header::NEW, MAP, live::NAME, DATA] {
+        remove(&Directory::new(dir), file).map_err(failed)?;
+    }
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(failed(error)),
+        _ => Ok(()),
+    }
+}
+
+/// The directory of the upper named by a user, from the root directory.
+///
+/// # Errors
+/// A path that is relative.
+pub fn directory(path: &Path) -> Result<PathBuf> {
+    if path.is_absolute() {
+        return Ok(path.to_owned());
+    }
+    Err(Error::invalid("upper", format!("{}: the directory's path must be absolute", path.display())))
+}
+
+/// New files, in place of what an upper that was never finished left.
+fn make_files(dir: &dyn MediaDir, name: &str) -> Result<(Box<dyn Media>, Box<dyn Media>)> {
+    let failed = |error| Error::io(format!("make the upper {name}"), error);
+    if let Ok(map) = dir.open(MAP)
+        && BlockMap::holds_bits(map.as_ref()).map_err(failed)?
+    {
+        let reason = format!("{name} has written blocks, but no header that says what they belong to");
+        return Err(Error::invalid("upper", reason));
+    }
+    for file in [header::NEW, MAP, DATA, live::NAME] {
+        remove(dir, file).map_err(failed)?;
+    }
+    Ok((dir.create(DATA).map_err(failed)?, dir.create(MAP).map_err(failed)?))
+}
+
+fn remove(dir: &dyn MediaDir, file: &str) -> io::Result<()> {
+    match dir.remove(file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn wanted_size(size: u64, lower: &LowerIdentity) -> Result<u64> {
+    let rounded = size.checked_next_multiple_of(BLOCK_BYTES).filter(|&size| size <= DEVICE_MAX);
+    match rounded {
+        Some(size) if size >= lower.device_bytes => Ok(size),
+        Some(_) => {
+            let reason = format!("{size} bytes are less than the image's {}", lower.device_bytes);
+            Err(Error::invalid("size of an upper", reason))
+        }
+        None => Err(Error::invalid("size of an upper", format!("{size} bytes are more than {DEVICE_MAX}"))),
+    }
+}
+
+/// Has several that want to flush share one sync, without a lock that is held meanwhile.
+#[derive(Default)]
+struct Flusher {
+    state: Mutex<Rounds>,
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct Rounds {
+    /// Rounds that began.
+    began: u64,
+    running: bool,
+    /// How the latest round that ended, ended: its number and result.
+    last: Option<(u64, Result<()>)>,
+}
+
+impl Flusher {
+    /// Runs `sync`, or waits for a run of somebody else that begins after this call.
+    fn flush(&self, sync: impl Fn() -> Result<()>) -> Result<()> {
+        let mut state = self.state.lock();
+        let enough = state.began + 1;
+        loop {
+            match &state.last {
+                Some((round, result)) if *round >= enough => return result.clone(),
+                _ if state.running => self.ended.wait(&mut state),
+                _ => break,
+            }
+        }
+        state.began += 1;
+        let round = state.began;
+        state.running = true;
+        drop(state);
+        let result = sync();
+        let mut state = self.state.lock();
+        state.running = false;
+        state.last = Some((round, result.clone()));
+        drop(state);
+        self.ended.notify_all();
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests;

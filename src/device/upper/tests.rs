@@ -1,0 +1,146 @@
+#![allow(clippy::unwrap_used)]
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::*;
+use crate::chunk::Digest;
+
+fn lower(name: &str, device_bytes: u64) -> LowerIdentity {
+    let (contents, manifest) = (Digest::of(name.as_bytes()), Digest::of(b"manifest"));
+    LowerIdentity { contents, device_bytes, image: name.to_owned(), manifest }
+}
+
+fn options() -> UpperOptions {
+    UpperOptions { size: None, durability: Durability::Kept, boot: "this".to_owned() }
+}
+
+fn write(upper: &Upper, block: u64, byte: u8) {
+    let claim = upper.claims().try_take(block..block + 1).unwrap();
+    upper.write(block * BLOCK_BYTES, &[byte; BLOCK as usize]).unwrap();
+    upper.add(&claim, &(block..block + 1)).unwrap();
+}
+
+fn changed(upper: &Upper) -> Vec<(u64, u64)> {
+    upper.changed().map(|run| (run.start, run.end)).collect()
+}
+
+fn first_byte(upper: &Upper, block: u64) -> u8 {
+    let mut byte = [0];
+    upper.read(block * BLOCK_BYTES, &mut byte).unwrap();
+    byte[0]
+}
+
+#[test]
+fn an_upper_has_one_owner_and_one_lower() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("upper");
+    let image = lower("oci:/a", 64 * BLOCK_BYTES);
+    let upper = Upper::open(&dir, &image, &options()).unwrap();
+    assert!(matches!(Upper::open(&dir, &image, &options()), Err(Error::Busy(_))));
+    assert!(matches!(discard(&dir), Err(Error::Busy(_))));
+    write(&upper, 3, 7);
+    drop(upper);
+    let error = Upper::open(&dir, &lower("oci:/b", 64 * BLOCK_BYTES), &options()).unwrap_err().to_string();
+    assert!(error.contains("belongs to oci:/a") && error.contains("not to oci:/b"), "{error}");
+    assert_eq!(describe(&dir).unwrap(), Some((image.clone(), 64 * BLOCK_BYTES)));
+    let upper = Upper::open(&dir, &image, &options()).unwrap();
+    assert_eq!((changed(&upper), first_byte(&upper, 3)), (vec![(3, 4)], 7));
+    drop(upper);
+    discard(&dir).unwrap();
+    assert!(!dir.exists());
+    discard(&dir).unwrap();
+}
+
+#[test]
+fn a_process_that_dies_loses_nothing_and_another_start_of_the_machine_only_what_was_not_flushed() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = lower("image", 64 * BLOCK_BYTES);
+    let upper = Upper::open(dir.path(), &image, &options()).unwrap();
+    write(&upper, 3, 1);
+    upper.flush().unwrap();
+    write(&upper, 9, 2);
+    drop(upper);
+    let upper = Upper::open(dir.path(), &image, &options()).unwrap();
+    assert_eq!(changed(&upper), [(3, 4), (9, 10)]);
+    drop(upper);
+    let upper = Upper::open(dir.path(), &image, &UpperOptions { boot: "next".to_owned(), ..options() }).unwrap();
+    assert_eq!(changed(&upper), [(3, 4)]);
+}
+
+#[test]
+fn an_upper_grows_and_does_not_shrink() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = lower("image", 64 * BLOCK_BYTES);
+    let sized = |blocks: u64| UpperOptions { size: Some(blocks * BLOCK_BYTES - 1), ..options() };
+    let refused = |blocks| Upper::open(dir.path(), &image, &sized(blocks)).unwrap_err().to_string();
+    assert!(refused(63).contains("less than the image's"), "{}", refused(63));
+    let upper = Upper::open(dir.path(), &image, &sized(100)).unwrap();
+    assert_eq!(upper.size(), 100 * BLOCK_BYTES);
+    write(&upper, 99, 1);
+    drop(upper);
+    assert!(refused(90).contains("can grow, not shrink"), "{}", refused(90));
+    let upper = Upper::open(dir.path(), &image, &sized(10_000)).unwrap();
+    write(&upper, 9_999, 2);
+    drop(upper);
+    let upper = Upper::open(dir.path(), &image, &options()).unwrap();
+    assert_eq!((upper.size(), first_byte(&upper, 99), first_byte(&upper, 9_999)), (10_000 * BLOCK_BYTES, 1, 2));
+    assert_eq!(changed(&upper), [(99, 100), (9_999, 10_000)]);
+}
+
+#[test]
+fn blocks_without_a_header_are_not_thrown_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = lower("image", 64 * BLOCK_BYTES);
+    // Half made: nothing was ever written.
+    fs::write(dir.path().join(DATA), "half").unwrap();
+    let upper = Upper::open(dir.path(), &image, &options()).unwrap();
+    write(&upper, 1, 1);
+    upper.flush().unwrap();
+    drop(upper);
+    fs::remove_file(dir.path().join(header::NAME)).unwrap();
+    let error = Upper::open(dir.path(), &image, &options()).unwrap_err().to_string();
+    assert!(error.contains("no header"), "{error}");
+}
+
+#[test]
+fn a_flush_shares_only_syncs_that_begin_after_it() {
+    let flusher = Arc::new(Flusher::default());
+    let syncs = Arc::new(AtomicU32::new(0));
+    let (begin, begun) = std::sync::mpsc::channel();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let wait = Mutex::new(wait);
+    let slow = {
+        let syncs = Arc::clone(&syncs);
+        move || {
+            syncs.fetch_add(1, Ordering::SeqCst);
+            begin.send(()).unwrap();
+            wait.lock().recv().unwrap();
+            Ok(())
+        }
+    };
+    std::thread::scope(|scope| {
+        let first = scope.spawn({
+            let flusher = Arc::clone(&flusher);
+            move || flusher.flush(slow)
+        });
+        begun.recv().unwrap();
+        // Both come while the first runs, and share one that begins after it.
+        let later: Vec<_> = (0..2)
+            .map(|_| {
+                let (flusher, syncs) = (Arc::clone(&flusher), Arc::clone(&syncs));
+                scope.spawn(move || {
+                    flusher.flush(|| {
+                        syncs.fetch_add(1, Ordering::SeqCst);
+                        Ok(())
+                    })
+                })
+            })
+            .collect();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(syncs.load(Ordering::SeqCst), 1);
+        go.send(()).unwrap();
+        first.join().unwrap().unwrap();
+        later.into_iter().for_each(|flush| flush.join().unwrap().unwrap());
+        assert!(syncs.load(Ordering::SeqCst) >= 2);
+    });
+}
