@@ -3,11 +3,15 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::error::Error;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
 use crate::sys::namespace::unescape;
 
 /// How long a detach waits for those who have the device open for a moment, as udev does.
@@ -80,26 +84,37 @@ pub fn find(path: &Path) -> Vec<Holder> {
 }
 
 /// Waits until nobody uses the block device at `path`: a second for processes that have it open, no time for mounts and
-/// devices. `Err` has the users that stay; it is empty when only `claimed` says that there are some.
-pub(super) fn wait_until_unused(path: &Path, claimed: impl Fn() -> bool) -> Result<(), Vec<Holder>> {
+/// devices.
+///
+/// # Errors
+/// [`Error::Busy`] that names who uses it.
+pub(super) fn wait_until_unused(path: &Path) -> Result<()> {
     let deadline = Instant::now() + PASSERS_BY;
     loop {
         let found = find(path);
-        if found.is_empty() && !claimed() {
+        if found.is_empty() && !claimed(path) {
             return Ok(());
         }
         let lasting = found.iter().any(|holder| !matches!(holder, Holder::Process(_)));
         if lasting || Instant::now() >= deadline {
-            return Err(found);
+            return Err(busy(path, &found));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// The error for a device that `found` use; `unseen` says who does when none were found.
-pub(super) fn busy(path: &Path, found: &[Holder], unseen: &str) -> Error {
-    let by = if found.is_empty() { unseen.to_owned() } else { describe(found) };
+/// The error for a device that `found` use, or somebody who can't be found.
+pub(super) fn busy(path: &Path, found: &[Holder]) -> Error {
+    let unseen = || "by a mount, a device or a process that can't be seen from here".to_owned();
+    let by = if found.is_empty() { unseen() } else { describe(found) };
     Error::Busy(format!("{} is in use: {by}", path.display()))
+}
+
+/// Whether a mount or another device has claimed the block device, in whatever namespace: open(2), O_EXCL.
+fn claimed(path: &Path) -> bool {
+    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let opened: rustix::io::Result<OwnedFd> = rustix::fs::open(path, flags, Mode::empty());
+    opened.is_err_and(|errno| errno == Errno::BUSY)
 }
 
 fn pids() -> Vec<String> {

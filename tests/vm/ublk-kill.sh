@@ -1,11 +1,16 @@
 #!/bin/bash
 # vm: --time 240
-# The daemon is killed and started again, KILLS times, under reads of a mounted image that check what they get: nobody gets an
-# error or a wrong byte. Then the same for a handover to a new daemon and a restart as service managers do it.
+# The daemon is killed and started again, KILLS times, under reads of a mounted image that check what they get, fio's verify
+# among them: nobody gets an error or a wrong byte. Then the same for a handover to a new daemon and a restart as service
+# managers do it.
 . "$REPO/tests/vm/guest/lib.sh"
 KILLS=${KILLS:-50} TRANSPORT=${TRANSPORT:-ublk}
 # A pool that holds a third of the image: reads are hits and misses.
 export FIRSTREAD_POOL_LIMIT=8M
+# Blocks that carry a checksum of themselves.
+verified=(--name=load --size=8m --bs=4k --ioengine=io_uring --iodepth=8 --verify=crc32c --verify_fatal=1 --verify_state_save=0 --randrepeat=0)
+mkdir -p "$WORK/tree"
+fio "${verified[@]}" --filename="$WORK/tree/verified" --rw=write --do_verify=0 >/dev/null
 use_image
 start_server() {
     setsid "$FIRSTREAD" --root "$WORK/root" --run "$WORK/run" daemon "$@" >>"$WORK/daemon.log" 2>&1 &
@@ -17,7 +22,7 @@ fr mount --quiet --transport "$TRANSPORT" "$IMAGE" "$WORK/mnt" >/dev/null
 fr list --json | jq 'map({id, device, mountpoint})' >"$WORK/before"
 device=$(json '.[0].device' <"$WORK/before")
 
-# Two readers: files by their sums, and random blocks of the device compared with the bytes it had at first.
+# Three readers: files by their sums, random blocks of the device compared with the bytes it had at first, and fio.
 dd if="$device" of="$WORK/disk" bs=1M status=none
 echo 0 >"$WORK/passes"
 reader() {
@@ -37,7 +42,16 @@ comparer() {
             <(dd if="$WORK/disk" bs=4096 skip="$block" count=16 status=none) || { echo "block $block" >>"$WORK/failures"; return; }
     done
 }
+verifier() {
+    while [ ! -e "$WORK/stop" ]; do
+        fio "${verified[@]}" --filename="$WORK/mnt/verified" --readonly --direct=1 --rw=randread >"$WORK/fio" 2>&1 ||
+            { echo "fio: $(cat "$WORK/fio")" >>"$WORK/failures"; return; }
+        echo >>"$WORK/verifies"
+    done
+}
 readers=()
+verifier &
+readers+=($!)
 reader &
 readers+=($!)
 comparer &
@@ -62,7 +76,7 @@ until_true 30 served || die "not served again"
 unharmed "$KILLS kills"
 passes=$(<"$WORK/passes")
 until_true 60 test "$(<"$WORK/passes")" -gt "$passes" || true
-echo "$KILLS kills: no error, no wrong byte; the files were checked $(<"$WORK/passes") times"
+echo "$KILLS kills: no error, no wrong byte; the files were checked $(<"$WORK/passes") times, by fio $(wc -l <"$WORK/verifies") times"
 
 # A new daemon takes over from the running one.
 old=$server

@@ -7,7 +7,7 @@ use_image --verity
 root=$(fr inspect --json "$IMAGE" | json .verity.root)
 offset=$(fr inspect --json "$IMAGE" | json .verity.offset)
 
-for transport in ublk loop; do
+for transport in ublk nbd loop; do
     attached=$(fr attach --json --transport "$transport" "$IMAGE")
     device=$(json .device <<<"$attached")
     veritysetup open "$device" checked "$device" "$root" --hash-offset="$offset"

@@ -128,7 +128,7 @@ impl LoopAttachment {
     /// # Errors
     /// [`Error::Busy`] that names who uses the device.
     pub fn detach(&mut self) -> Result<()> {
-        holders::wait_until_unused(&self.path, || false).map_err(|found| self.busy(&found))?;
+        holders::wait_until_unused(&self.path)?;
         self.held = None;
         if self.wait_for_release(RELEASE) {
             return Ok(());
@@ -141,7 +141,7 @@ impl LoopAttachment {
             _ if self.wait_for_release(RELEASE) => return Ok(()),
             _ => {}
         }
-        Err(self.busy(&self.holders()))
+        Err(holders::busy(&self.path, &self.holders()))
     }
 
     /// Answers every read with an error from now on, and gives the device up: it is free when its last user leaves. Only
@@ -149,10 +149,6 @@ impl LoopAttachment {
     pub fn fail(&mut self) {
         self.failing.store(true, Ordering::Relaxed);
         self.held = None;
-    }
-
-    fn busy(&self, found: &[Holder]) -> Error {
-        holders::busy(&self.path, found, "by an unknown process")
     }
 
     /// The session ends when the kernel has let go of the FUSE file, which the loop device had open.

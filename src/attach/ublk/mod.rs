@@ -6,13 +6,11 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::holders::{self, Holder};
@@ -273,7 +271,7 @@ impl UblkAttachment {
     /// [`Error::Busy`] that names who uses the device, unless they don't matter; or what the system says.
     pub fn detach(&mut self, users: Users) -> Result<()> {
         if users == Users::Respect {
-            self.wait_until_unused()?;
+            holders::wait_until_unused(&self.path)?;
         }
         // Nothing may keep the kernel waiting for an answer, or it never stops the device.
         self.server.fail(&self.served);
@@ -287,18 +285,6 @@ impl UblkAttachment {
             Users::Fail => remove_later(&mut control, self.number),
         }
     }
-
-    fn wait_until_unused(&self) -> Result<()> {
-        holders::wait_until_unused(&self.path, || claimed(&self.path))
-            .map_err(|found| holders::busy(&self.path, &found, "by a mount or a device that can't be seen from here"))
-    }
-}
-
-/// Whether a mount or another device has claimed the block device, wherever it is: open(2), O_EXCL.
-fn claimed(path: &Path) -> bool {
-    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let opened: rustix::io::Result<OwnedFd> = rustix::fs::open(path, flags, Mode::empty());
-    opened.is_err_and(|errno| errno == Errno::BUSY)
 }
 
 /// Stops a device at once, and deletes it when its last user leaves it.

@@ -330,8 +330,7 @@ impl NbdAttachment {
     /// # Errors
     /// [`Error::Busy`] that names who uses the device, or what the system says.
     pub fn detach(&mut self) -> Result<()> {
-        let busy = |found: Vec<Holder>| holders::busy(&self.path, &found, "by an unknown process");
-        holders::wait_until_unused(&self.path, || false).map_err(busy)?;
+        holders::wait_until_unused(&self.path)?;
         self.fail()
     }
 
