@@ -279,8 +279,17 @@ pub struct Choice {
 /// that is none.
 pub fn choose(wanted: &str) -> Result<Choice> {
     // Asking costs some system calls, and nothing is to be known of the others.
-    let nbd = if matches!(wanted, "auto" | "nbd") { kernel::obstacle() } else { None };
-    choose_from(wanted, [("ublk", ublk::obstacle()), ("nbd", nbd), ("loop", loop_device(Path::new("/dev")))])
+    let of =
+        |name: &str, ask: &dyn Fn() -> Option<String>| if wanted == "auto" || wanted == name { ask() } else { None };
+    let loop_device = || loop_device(Path::new("/dev"));
+    choose_from(
+        wanted,
+        [
+            ("ublk", of("ublk", &ublk::obstacle)),
+            ("nbd", of("nbd", &kernel::obstacle)),
+            ("loop", of("loop", &loop_device)),
+        ],
+    )
 }
 
 fn choose_from(wanted: &str, obstacles: [(&str, Option<String>); 3]) -> Result<Choice> {

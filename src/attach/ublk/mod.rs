@@ -6,11 +6,13 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::holders::{self, Holder};
@@ -327,8 +329,10 @@ fn open_control() -> Result<Control> {
 fn open_character(number: u32) -> Result<File> {
     let path = format!("/dev/ublkc{number}");
     let deadline = Instant::now() + APPEARING;
+    // O_NONBLOCK makes io_uring write to it at once, not on a thread of its own; the driver does not look at it.
+    let nonblock = OFlags::NONBLOCK.bits().cast_signed();
     loop {
-        match File::options().read(true).write(true).open(&path) {
+        match File::options().read(true).write(true).custom_flags(nonblock).open(&path) {
             Ok(file) => return Ok(file),
             Err(error) if Instant::now() >= deadline => return Err(Error::io(format!("open {path}"), error)),
             Err(_) => std::thread::sleep(Duration::from_millis(2)),

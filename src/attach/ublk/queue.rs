@@ -118,18 +118,6 @@ struct Queue {
 }
 
 impl Queue {
-    /// Gives a read its data; returns what it is to be answered with.
-    fn answer(&mut self, tag: u16, data: &[u8]) -> i32 {
-        match self.files.fill(tag, data) {
-            Ok(()) => data.len() as i32,
-            Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
-                self.complain(&Error::io("give the kernel its data", error));
-                -errno
-            }
-        }
-    }
-
     /// Says why a reader gets an error; once until reads succeed again.
     fn complain(&mut self, error: &Error) {
         if !self.complained {
@@ -162,8 +150,6 @@ pub struct QueueThread {
     inbox: Arc<Inbox>,
     runtime: Handle,
     queues: Vec<Option<Queue>>,
-    /// Where hits are read to: the largest request's bytes.
-    buffer: Vec<u8>,
     /// Misses so far.
     turns: u64,
     quit: bool,
@@ -173,7 +159,7 @@ impl QueueThread {
     /// A thread without queues.
     #[must_use]
     pub fn new(ring: QueueRing, inbox: Arc<Inbox>, runtime: Handle) -> Self {
-        Self { ring, inbox, runtime, queues: Vec::new(), buffer: vec![0; IO_MAX as usize], turns: 0, quit: false }
+        Self { ring, inbox, runtime, queues: Vec::new(), turns: 0, quit: false }
     }
 
     /// Serves until it is told to quit.
@@ -185,6 +171,7 @@ impl QueueThread {
                 events.drain(..).try_for_each(|event| match event {
                     Event::Woken => self.messages(),
                     Event::Request { slot, tag } => self.request(slot, tag),
+                    Event::Refused { slot, tag } => self.refused(slot, tag),
                     Event::Ended { slot, errno, .. } => {
                         self.ended(slot, errno);
                         Ok(())
@@ -251,12 +238,9 @@ impl QueueThread {
     fn read(&mut self, slot: u32, tag: u16, request: Request) -> io::Result<()> {
         let Some(Some(queue)) = self.queues.get_mut(slot as usize) else { return Ok(()) };
         let len = request.len as usize;
-        let Some(buffer) = self.buffer.get_mut(..len) else { return Ok(()) };
+        let buffer = self.ring.buffer(len)?;
         match queue.served.device.read_local(request.offset, buffer) {
-            Ok(Local::Done) => {
-                let answer = queue.answer(tag, buffer);
-                self.ring.commit(&queue.files, slot, tag, answer)
-            }
+            Ok(Local::Done) => self.ring.commit_buffer(&queue.files, slot, tag, request.len),
             Ok(Local::Missing) => {
                 let Some(place) = queue.tags.get_mut(usize::from(tag)) else { return Ok(()) };
                 self.turns += 1;
@@ -286,14 +270,19 @@ impl QueueThread {
         match data {
             Ok(data) => {
                 queue.complained = false;
-                let answer = queue.answer(tag, &data);
-                self.ring.commit(&queue.files, slot, tag, answer)
+                self.ring.commit_data(&queue.files, slot, tag, data)
             }
             Err(error) => {
                 queue.complain(&error);
                 self.ring.commit(&queue.files, slot, tag, -error.errno())
             }
         }
+    }
+
+    fn refused(&mut self, slot: u32, tag: u16) -> io::Result<()> {
+        let Some(Some(queue)) = self.queues.get_mut(slot as usize) else { return Ok(()) };
+        queue.complain(&Error::io("give the kernel its data", io::Error::other("it does not take them")));
+        self.ring.commit(&queue.files, slot, tag, -Errno::IO.raw_os_error())
     }
 
     fn fail(&mut self, served: &Arc<Served>) -> io::Result<()> {

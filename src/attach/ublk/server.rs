@@ -17,6 +17,9 @@ use crate::sys::ublk::{QueueFiles, QueueRing};
 /// Most threads; a queue's thread answers some hundred thousand requests a second.
 const THREADS_MAX: usize = 4;
 
+/// Memory of a thread for what hits read, in bytes: four of the largest requests.
+const ARENA: usize = 4 << 20;
+
 /// What devices carry to be known again: one value for each root directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark(pub(super) u64);
@@ -113,7 +116,7 @@ impl UblkServer {
         let failed = |error| Error::io("start a thread for ublk queues", error);
         let (sender, receiver) = mpsc::channel();
         let runtime = self.runtime.clone();
-        let body = move || match QueueRing::new() {
+        let body = move || match QueueRing::new(ARENA) {
             Ok(ring) => {
                 let inbox = Arc::new(Inbox::new(ring.waker()));
                 if sender.send(Ok(Arc::clone(&inbox))).is_ok() {

@@ -1,15 +1,16 @@
 //! A ring that serves queues of ublk devices from one thread.
 //!
-//! A read's data are written to the character device ([`QueueFiles::fill`]), and the answer then says that they are there.
-//! The driver can also fetch them from an address in the answer; then a server that is killed at that moment leaves a
-//! reader with an error, or with a request cut at a byte that is no sector's (`kernel-notes/ublk.md`).
+//! A read's data are written to the character device, and the answer, linked to the write, says that they are there: both
+//! in the `io_uring_enter` that also waits for the next request. The driver can fetch the data from an address in the answer
+//! as well; then a server that is killed at that moment leaves a reader with an error, or with a request cut at a byte that
+//! is no sector's (`kernel-notes/ublk.md`).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use io_uring::{IoUring, opcode, types};
+use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::EventfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -19,8 +20,6 @@ use super::{IoCommand, IoDescriptor, READ_WRITE, SECTOR, command};
 const DATA_OFFSET: u64 = 0x8000_0000;
 const TAG_SHIFT: u32 = 25;
 const QUEUE_SHIFT: u32 = 41;
-/// Tries to write data of which the driver takes nothing.
-const TRIES: u32 = 16;
 
 const fn io_op(number: u32) -> u32 {
     command(READ_WRITE, size_of::<IoCommand>(), number)
@@ -33,6 +32,10 @@ const MAX_QUEUE_DEPTH: usize = 4096;
 
 /// The user data of the waker's poll; queues use small numbers.
 const WAKE: u64 = u64::MAX;
+/// What an answer ends with whose data could not be written: ECANCELED.
+const LINK_FAILED: i32 = -rustix::io::Errno::CANCELED.raw_os_error();
+/// In the user data of a write of data, whose answer has the same without it.
+const DATA: u64 = 1 << 62;
 
 /// Entries of the submission queue: a device is fetched from in one `io_uring_enter`, so that a server that is killed has
 /// fetched from all of it or from nothing.
@@ -68,6 +71,13 @@ pub enum Event {
     /// A tag of the queue `slot` has a request.
     Request {
         /// The queue, as it was named to [`QueueRing::fetch`].
+        slot: u32,
+        /// The request's tag.
+        tag: u16,
+    },
+    /// The driver did not take the data for a read: it is still to be answered.
+    Refused {
+        /// The queue.
         slot: u32,
         /// The request's tag.
         tag: u16,
@@ -158,24 +168,9 @@ impl QueueFiles {
         Ok(Request { command, offset: found.start.saturating_mul(u64::from(SECTOR)), len })
     }
 
-    /// Gives the read that `tag` has its data. The request is still to be answered.
-    ///
-    /// # Errors
-    /// EINVAL when the tag has no read any more, or what the system says.
-    pub fn fill(&self, tag: u16, data: &[u8]) -> io::Result<()> {
-        let start = DATA_OFFSET + (u64::from(self.queue) << QUEUE_SHIFT) + (u64::from(tag) << TAG_SHIFT);
-        let (mut done, mut tries) = (0, 0);
-        while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
-            match rustix::io::pwrite(&*self.device, rest, start + done as u64) {
-                // Pages that could not be had for the moment.
-                Ok(0) if tries == TRIES => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(0) => tries += 1,
-                Ok(count) => done += count,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
+    /// Where the data of the request that `tag` has are in the character device.
+    fn data_offset(&self, tag: u16) -> u64 {
+        DATA_OFFSET + (u64::from(self.queue) << QUEUE_SHIFT) + (u64::from(tag) << TAG_SHIFT)
     }
 }
 
@@ -196,25 +191,86 @@ pub struct QueueRing {
     ring: IoUring,
     waker: Waker,
     polling: bool,
+    /// Where hits are read to; what is committed from it stays there until it is written.
+    arena: memmap2::MmapMut,
+    used: usize,
+    /// Where the buffer starts that was given last.
+    given: Option<usize>,
+    /// Other data that were committed.
+    committed: Vec<Vec<u8>>,
+    /// Writes of data that were pushed and have not ended.
+    writes: usize,
     /// What has happened and was not told yet: user data and result.
     answers: Vec<(u64, i32)>,
 }
 
 impl QueueRing {
-    /// A ring without queues.
+    /// A ring without queues, with an arena of so many bytes.
     ///
     /// # Errors
     /// What the system says.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(arena: usize) -> io::Result<Self> {
         let ring = IoUring::builder().setup_cqsize(2 * ENTRIES).setup_coop_taskrun().build(ENTRIES)?;
         let waker = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { ring, waker: Waker(Arc::new(waker)), polling: false, answers: Vec::new() })
+        let arena = memmap2::MmapMut::map_anon(arena)?;
+        let waker = Waker(Arc::new(waker));
+        let (committed, answers) = (Vec::new(), Vec::new());
+        Ok(Self { ring, waker, polling: false, arena, used: 0, given: None, committed, writes: 0, answers })
     }
 
     /// What wakes this ring's thread.
     #[must_use]
     pub fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    /// `len` bytes of the arena, after all that are in use. When there are not so many left, what was committed is
+    /// submitted first.
+    ///
+    /// # Errors
+    /// More than the whole arena, or what the system says.
+    pub fn buffer(&mut self, len: usize) -> io::Result<&mut [u8]> {
+        self.reserve(2)?;
+        if self.arena.len() - self.used < len {
+            self.submit()?;
+        }
+        let start = self.used;
+        self.given = Some(start);
+        self.arena.get_mut(start..start.saturating_add(len)).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
+    /// Answers a read with the first `len` bytes of what [`buffer`](Self::buffer) gave last.
+    ///
+    /// # Errors
+    /// More than the buffer has, or what the system says.
+    pub fn commit_buffer(&mut self, files: &QueueFiles, slot: u32, tag: u16, len: u32) -> io::Result<()> {
+        // Nothing was submitted since, or the buffer would be free for others.
+        let start = self.given.take().ok_or(io::ErrorKind::InvalidInput)?;
+        let end = start.saturating_add(len as usize);
+        let data = self.arena.get(start..end).ok_or(io::ErrorKind::InvalidInput)?.as_ptr();
+        // The next one is aligned as pages are.
+        self.used = end.next_multiple_of(4096).min(self.arena.len());
+        self.commit_data_at(files, slot, tag, data, len)
+    }
+
+    /// Answers a read with `data`.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn commit_data(&mut self, files: &QueueFiles, slot: u32, tag: u16, data: Vec<u8>) -> io::Result<()> {
+        self.reserve(2)?;
+        let (start, len) = (data.as_ptr(), u32::try_from(data.len()).map_err(io::Error::other)?);
+        self.committed.push(data);
+        self.commit_data_at(files, slot, tag, start, len)
+    }
+
+    /// Pushes the write of data and the answer linked to it. There is room for both, so that they are submitted together.
+    fn commit_data_at(&mut self, files: &QueueFiles, slot: u32, tag: u16, data: *const u8, len: u32) -> io::Result<()> {
+        let write = opcode::Write::new(types::Fd(files.device.as_raw_fd()), data, len).offset(files.data_offset(tag));
+        let write = write.build().flags(squeue::Flags::IO_LINK).user_data(DATA | user_data(slot, tag));
+        self.push(&write)?;
+        self.writes += 1;
+        self.command(COMMIT_AND_FETCH_REQ, files, slot, tag, len.cast_signed())
     }
 
     /// Answers a request with the number of its bytes that were read, or with a negative errno.
@@ -254,7 +310,7 @@ impl QueueRing {
             self.push(&entry.user_data(WAKE))?;
             self.polling = true;
         }
-        self.enter(usize::from(self.answers.is_empty()))?;
+        self.enter(Wanted::Answer)?;
         let mut woken = false;
         for (data, result) in self.answers.drain(..) {
             if data == WAKE {
@@ -264,6 +320,7 @@ impl QueueRing {
             let (slot, tag) = ((data >> 16) as u32, data as u16);
             events.push(match result {
                 0 => Event::Request { slot, tag },
+                LINK_FAILED => Event::Refused { slot, tag },
                 _ => Event::Ended { slot, tag, errno: -result },
             });
         }
@@ -281,27 +338,42 @@ impl QueueRing {
         // SAFETY: the structure has no padding.
         let bytes: [u8; size_of::<IoCommand>()] = unsafe { std::mem::transmute(command) };
         let entry = opcode::UringCmd16::new(types::Fd(files.device.as_raw_fd()), op).cmd(bytes).build();
-        self.push(&entry.user_data(u64::from(slot) << 16 | u64::from(tag)))
+        self.push(&entry.user_data(user_data(slot, tag)))
     }
 
-    fn push(&mut self, entry: &io_uring::squeue::Entry) -> io::Result<()> {
-        if self.ring.submission().is_full() {
+    /// Makes room for so many entries.
+    fn reserve(&mut self, entries: usize) -> io::Result<()> {
+        let queue = self.ring.submission();
+        if queue.capacity() - queue.len() < entries {
+            drop(queue);
             self.submit()?;
         }
+        Ok(())
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        self.reserve(1)?;
         // SAFETY: the descriptors are open: the caller has the queue's file, and the ring its waker; the kernel takes
-        // references of its own on submission. No entry names memory of this process.
+        // references of its own on submission. Memory that a write names is in the arena or in `committed`, and is neither
+        // moved, reused nor freed before `enter` has seen all writes end.
         unsafe { self.ring.submission().push(entry) }.map_err(io::Error::other)
     }
 
     fn submit(&mut self) -> io::Result<()> {
-        self.enter(0)
+        self.enter(Wanted::Nothing)
     }
 
-    /// Submits everything and waits for `want` completions, or less when it is interrupted.
-    fn enter(&mut self, want: usize) -> io::Result<()> {
+    /// Submits everything, waits for all writes and, if there is none yet, for one answer; for less when it is interrupted.
+    fn enter(&mut self, wanted: Wanted) -> io::Result<()> {
         loop {
-            let submitted = self.ring.submit_and_wait(want);
-            self.answers.extend(self.ring.completion().map(|entry| (entry.user_data(), entry.result())));
+            let answers = usize::from(wanted == Wanted::Answer && self.answers.is_empty());
+            let submitted = self.ring.submit_and_wait(self.writes + answers);
+            for entry in self.ring.completion() {
+                match (entry.user_data(), entry.result()) {
+                    (data, _) if data != WAKE && data & DATA != 0 => self.writes -= 1,
+                    answer => self.answers.push(answer),
+                }
+            }
             match submitted {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -309,12 +381,25 @@ impl QueueRing {
                 Err(error) if error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) => {}
                 Err(error) => return Err(error),
             }
-            if self.ring.submission().is_empty() {
+            if self.ring.submission().is_empty() && self.writes == 0 {
                 break;
             }
         }
+        (self.used, self.given) = (0, None);
+        self.committed.clear();
         Ok(())
     }
+}
+
+/// What [`QueueRing::enter`] waits for besides writes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Nothing,
+    Answer,
+}
+
+fn user_data(slot: u32, tag: u16) -> u64 {
+    u64::from(slot) << 16 | u64::from(tag)
 }
 
 /// `POLLIN` as the ring wants it.
