@@ -6,8 +6,10 @@ mod packs;
 #[path = "common/registry.rs"]
 mod registry;
 
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use firstread::chunk::Digest;
 use firstread::index::{Blob, Role};
@@ -83,6 +85,39 @@ async fn damage_is_found() {
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{left:?}");
     std::fs::write(layout.join("index.json"), b"[]").unwrap();
     assert!(matches!(repository.manifest().await, Err(Error::Invalid { .. })));
+}
+
+#[tokio::test]
+async fn a_draft_is_named_and_not_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = dir.path().join("layout");
+    let repository = open(&layout, None, Purpose::Push).await.unwrap();
+    let path = |digest: &Digest| layout.join("blobs/sha256").join(digest.hex());
+    let digest = Digest::of(b"written");
+    for number in 0..2 {
+        let draft = Arc::new(repository.draft(dir.path()).unwrap());
+        draft.write_all_at(b"written", 0).unwrap();
+        let content = Content::Draft(draft.clone());
+        let short = repository.push_blob(&Digest::of(b"other"), 6, &content).await;
+        assert!(matches!(short, Err(Error::Invalid { .. })));
+        repository.push_blob(&digest, 7, &content).await.unwrap();
+        // The second one finds the blob there.
+        let (draft, blob) = (draft.metadata().unwrap(), std::fs::metadata(path(&digest)).unwrap());
+        assert_eq!(draft.ino() == blob.ino(), number == 0);
+        let other = std::fs::metadata(layout.join("oci-layout")).unwrap();
+        assert_eq!(blob.mode(), other.mode(), "who can read the layout can read the blob");
+    }
+    assert_eq!(std::fs::read(path(&digest)).unwrap(), b"written");
+
+    // A file that can't be named is copied.
+    let elsewhere = Arc::new(tempfile::tempfile_in("/dev/shm").unwrap());
+    elsewhere.write_all_at(b"elsewhere", 0).unwrap();
+    let lie = repository.push_blob(&Digest::of(b"a lie"), 9, &Content::Draft(elsewhere.clone())).await;
+    assert!(matches!(lie, Err(Error::Invalid { .. })));
+    let digest = Digest::of(b"elsewhere");
+    repository.push_blob(&digest, 9, &Content::Draft(elsewhere)).await.unwrap();
+    assert_eq!(std::fs::read(path(&digest)).unwrap(), b"elsewhere");
+    assert_eq!(std::fs::read_dir(layout.join("blobs/sha256")).unwrap().count(), 2);
 }
 
 #[tokio::test]

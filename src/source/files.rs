@@ -3,12 +3,15 @@
 use std::fs::{File, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::Stream;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
@@ -17,7 +20,22 @@ const PIECE: u64 = 256 << 10;
 
 /// The `len` bytes from `offset` of the file at `path`, which is opened when the stream is first polled.
 pub(crate) fn stream(path: PathBuf, offset: u64, len: u64) -> impl Stream<Item = Result<Bytes>> + Send + 'static {
-    let state = (None::<Arc<File>>, Arc::new(path), offset, len);
+    pieces(None, path, offset, len)
+}
+
+/// The first `len` bytes of an open file.
+pub(crate) fn stream_open(file: Arc<File>, len: u64) -> impl Stream<Item = Result<Bytes>> + Send + 'static {
+    let path = path_of(&file);
+    pieces(Some(file), path, 0, len)
+}
+
+fn pieces(
+    file: Option<Arc<File>>,
+    path: PathBuf,
+    offset: u64,
+    len: u64,
+) -> impl Stream<Item = Result<Bytes>> + Send + 'static {
+    let state = (file, Arc::new(path), offset, len);
     futures_util::stream::try_unfold(state, |(file, path, offset, left)| async move {
         if left == 0 {
             return Ok(None);
@@ -106,6 +124,46 @@ impl Drop for Unpublished {
             // What can't be removed is left behind under a name that nothing reads.
             let _ = std::fs::remove_file(&self.path);
         }
+    }
+}
+
+/// A file that has no name in `dir` and gets none: it is gone when the last handle is, however the program ends.
+pub(crate) fn unlinked(dir: &Path) -> Result<File> {
+    let action = || format!("making a temporary file in {}", dir.display());
+    match open_unnamed(dir, OFlags::EXCL, Mode::RUSR | Mode::WUSR) {
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
+            // A file system without O_TMPFILE.
+            let path = dir.join(format!(".firstread-{}-{:?}", std::process::id(), std::thread::current().id()));
+            let file = File::options().read(true).write(true).create_new(true).open(&path);
+            let file = file.map_err(|error| Error::io(action(), error))?;
+            std::fs::remove_file(&path).map_err(|error| Error::io(action(), error))?;
+            Ok(file)
+        }
+        made => made.map_err(|error| Error::io(action(), error.into())),
+    }
+}
+
+/// A file without a name in `dir`, which [`link`] can give one; not all file systems have such files.
+pub(crate) fn linkable(dir: &Path) -> std::result::Result<File, Errno> {
+    open_unnamed(dir, OFlags::empty(), Mode::from_raw_mode(0o666))
+}
+
+fn open_unnamed(dir: &Path, more: OFlags, mode: Mode) -> std::result::Result<File, Errno> {
+    rustix::fs::open(dir, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC | more, mode).map(File::from)
+}
+
+/// A path to a file that has none, as long as the file is open here.
+pub(crate) fn path_of(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Makes a [`linkable`] file's content durable and gives it a name on its file system, unless that is taken.
+pub(crate) fn link(file: &File, path: &Path) -> io::Result<()> {
+    file.sync_all()?;
+    match rustix::fs::linkat(CWD, path_of(file), CWD, path, AtFlags::SYMLINK_FOLLOW) {
+        Ok(()) => path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all()),
+        Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -18,6 +18,7 @@ use crate::oci::{Document, MAX_DOCUMENT_BYTES, canonical_json, descriptor_digest
 
 /// The annotation that names an image in `index.json`.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
+const BLOBS: &str = "blobs/sha256";
 const LAYOUT_FILE: &str = "oci-layout";
 const LAYOUT_CONTENT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 
@@ -64,6 +65,11 @@ impl Layout {
         .await
     }
 
+    /// A file that [`push_blob`](Self::push_blob) only has to name; not all file systems can.
+    pub(super) fn draft(&self) -> Option<File> {
+        files::linkable(&self.store.dir.join(BLOBS)).ok()
+    }
+
     pub(super) async fn push_blob(&self, digest: &Digest, bytes: u64, content: &Content) -> Result<()> {
         let (digest, content) = (*digest, content.clone());
         self.run(move |store| match content {
@@ -72,6 +78,7 @@ impl Layout {
                 let file = File::open(&path);
                 store.add(&digest, bytes, file.map_err(|e| Error::io(format!("opening {}", path.display()), e))?)
             }
+            Content::Draft(file) => store.name(&digest, bytes, &file),
         })
         .await
     }
@@ -138,7 +145,7 @@ impl Store {
             let reason = "it is neither empty nor an OCI layout: name another directory";
             return Err(Error::invalid(format!("destination {}", self.name), reason));
         }
-        std::fs::create_dir_all(self.dir.join("blobs/sha256")).map_err(|error| self.failed("creating", error))?;
+        std::fs::create_dir_all(self.dir.join(BLOBS)).map_err(|error| self.failed("creating", error))?;
         let empty = format!(r#"{{"schemaVersion":2,"mediaType":"{}","manifests":[]}}"#, media_type::INDEX);
         files::replace(&self.dir.join("index.json"), empty.as_bytes())?;
         // Last, since it makes the directory a layout.
@@ -212,7 +219,7 @@ impl Store {
         if path.exists() {
             return Ok(());
         }
-        let mut file = Unpublished::create(&self.dir.join("blobs/sha256"))?;
+        let mut file = Unpublished::create(&self.dir.join(BLOBS))?;
         let mut hasher = Hasher::new();
         let (mut buffer, mut total) = (vec![0; 256 << 10], 0);
         loop {
@@ -230,6 +237,25 @@ impl Store {
             return Err(Error::invalid(format!("blob {digest}"), reason));
         }
         file.publish(&path)
+    }
+
+    /// Names a draft, or copies it where that is not possible.
+    fn name(&self, digest: &Digest, bytes: u64, file: &File) -> Result<()> {
+        let path = self.blob_path(digest);
+        if path.exists() {
+            return Ok(());
+        }
+        let failed = |error| self.failed("reading what is pushed to", error);
+        let found = file.metadata().map_err(failed)?.len();
+        if found != bytes {
+            let reason = format!("the content has {found} bytes; {bytes} were announced");
+            return Err(Error::invalid(format!("blob {digest}"), reason));
+        }
+        match files::link(file, &path) {
+            Ok(()) => Ok(()),
+            // It is in the temporary directory.
+            Err(_) => self.add(digest, bytes, File::open(files::path_of(file)).map_err(failed)?),
+        }
     }
 
     /// Lists a manifest in `index.json`, in place of what has its name.
@@ -253,7 +279,7 @@ impl Store {
     }
 
     fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.dir.join("blobs/sha256").join(digest.hex())
+        self.dir.join(BLOBS).join(digest.hex())
     }
 
     fn not_found(&self, what: String) -> Error {

@@ -1,11 +1,14 @@
 //! A repository: what holds an image's manifest and blobs, and takes new ones.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 
+use super::files;
 use super::layout::Layout;
 #[cfg(feature = "registry")]
 use super::registry::Registry;
@@ -77,6 +80,8 @@ pub enum Content {
     File(PathBuf),
     /// Bytes in memory.
     Bytes(Bytes),
+    /// A file that [`Repository::draft`] made. Who wrote it computed the digest meanwhile, and is believed.
+    Draft(Arc<File>),
 }
 
 /// How a manifest is to be found afterwards.
@@ -208,6 +213,19 @@ impl Repository {
             #[cfg(feature = "registry")]
             Self::Registry(registry) => registry.exists(digest).await,
             Self::Layout(layout) => layout.exists(digest).await,
+        }
+    }
+
+    /// A file without a name to write a blob into before its digest is known: in a layout, where pushing it needs no copy, or
+    /// else in `temp`. It is gone when its last handle is.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn draft(&self, temp: &Path) -> Result<File> {
+        match self {
+            #[cfg(feature = "registry")]
+            Self::Registry(_) => files::unlinked(temp),
+            Self::Layout(layout) => layout.draft().map_or_else(|| files::unlinked(temp), Ok),
         }
     }
 

@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use super::decode::{Expected, Layer, Stored};
 use super::limits::Limits;
-use super::pipeline::unlinked;
 use super::progress::Silent;
 use super::rootfs::clean;
 use super::tar::{Archive, EntryKind, show};
 use crate::error::{Error, Result};
+use crate::source::files::unlinked;
 
 /// Most members that an archive may have: an image has a few for each layer.
 const MEMBERS_MAX: usize = 100_000;

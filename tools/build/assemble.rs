@@ -1,11 +1,11 @@
 //! From chunks in a spool to blobs and an index: packs in device order, every chunk once, and where each belongs.
 
 use std::fs::File;
-use std::path::Path;
+use std::sync::Arc;
 
 use super::metadata::DeviceExtent;
 use super::pack::{Item, PACK_MAX, Written, small_layer, write_pack};
-use super::pipeline::{Outcome, Place, Store, unlinked};
+use super::pipeline::{Outcome, Place, Store};
 use super::progress::{Event, Progress};
 use super::reuse::Earlier;
 use crate::chunk::{ChunkRef, Codec, Digest, Hasher};
@@ -15,8 +15,8 @@ use crate::oci::annotation::{INDEX_PATH, PACK_DIR};
 
 /// A layer of the new image.
 pub(super) enum Layer {
-    /// A pack that was just written, in an unlinked file.
-    New { file: File, written: Written },
+    /// A pack that was just written, in a draft of the destination.
+    New { file: Arc<File>, written: Written },
     /// A pack of an earlier image: number of the image, number of the blob in its index.
     Reused { image: usize, blob: u32, diff_id: Digest },
 }
@@ -44,7 +44,8 @@ pub(super) struct Parts<'a> {
     pub earlier: &'a [Earlier],
     pub level: i32,
     pub workers: usize,
-    pub temp: &'a Path,
+    /// Makes the file of a pack.
+    pub draft: &'a (dyn Fn() -> Result<File> + Sync),
 }
 
 /// Writes packs and index.
@@ -111,7 +112,7 @@ pub(super) fn assemble(parts: &Parts<'_>, progress: &dyn Progress) -> Result<Ass
         let mut name = Hasher::new();
         pack.iter().for_each(|(_, digest, _)| name.update(digest.as_bytes()));
         let path = format!("{PACK_DIR}/{}", name.finish().hex());
-        let file = unlinked(parts.temp)?;
+        let file = (parts.draft)()?;
         let mut offsets = vec![0; items.len()];
         let written =
             write_pack(&file, &path, &items, parts.store, (parts.level, parts.workers), progress, |item, offset| {
@@ -125,7 +126,7 @@ pub(super) fn assemble(parts: &Parts<'_>, progress: &dyn Progress) -> Result<Ass
             let chunk = ChunkRef { digest: *digest, blob, offset, stored_len, plain_len, codec: Codec::Zstd };
             set(&mut refs, *number, chunk);
         }
-        assembled.packs.push(Layer::New { file, written });
+        assembled.packs.push(Layer::New { file: Arc::new(file), written });
     }
     for chunk in refs {
         index.chunk(&chunk.ok_or_else(|| Error::invalid("build", "a chunk has no place"))?);

@@ -20,6 +20,7 @@ use super::{Request, Tree, layer, raw, reuse, verity, walk};
 use crate::error::{Error, Result};
 use crate::ext4;
 use crate::profile::Profile;
+use crate::source::Repository;
 
 /// A device whose contents are in chunks.
 struct Device {
@@ -60,6 +61,7 @@ pub(super) fn convert(
     request: &Request,
     input: &Input,
     earlier: &[reuse::Earlier],
+    destination: &Repository,
     progress: &Arc<dyn Progress>,
     runtime: &Handle,
 ) -> Result<Converted> {
@@ -117,7 +119,7 @@ pub(super) fn convert(
         earlier,
         level: request.level,
         workers: request.workers,
-        temp: &request.temp,
+        draft: &|| destination.draft(&request.temp),
     };
     let assembled = std::thread::scope(|scope| {
         // The cache is filled while packs are written, most of which is hashing on one core.

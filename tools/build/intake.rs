@@ -6,12 +6,13 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::pipeline::{Pipeline, unlinked};
+use super::pipeline::Pipeline;
 use super::rootfs::{Content, Run};
 use super::tar::fill;
 use crate::chunk::CHUNK_SIZE;
 use crate::error::{Error, Result};
 use crate::ext4::{BLOCK_SIZE, Segment};
+use crate::source::files::unlinked;
 
 /// Files of at least this many bytes start a chunk of their own.
 pub(super) const LARGE: u64 = 64 << 10;

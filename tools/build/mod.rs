@@ -77,7 +77,8 @@ pub struct Request {
     pub reuse: Vec<Reference>,
     /// Platforms to build; empty for all that the source has.
     pub platforms: Vec<Platform>,
-    /// Where spools are made; they need room for the stored bytes twice, and for the small files.
+    /// Where spools are made; they need room for the stored bytes and the small files, and for the stored bytes again where
+    /// the destination is no OCI layout on disk.
     pub temp: PathBuf,
     /// How registries are reached.
     pub access: Access,
@@ -245,7 +246,7 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
             .iter()
             .map(|reference| reuse::open(reference, &input.platform, request, handle))
             .collect::<Result<_>>()?;
-        let converted = convert::convert(request, input, &earlier, progress, handle)?;
+        let converted = convert::convert(request, input, &earlier, &destination.repository, progress, handle)?;
         let publisher = publish::Publisher {
             request,
             destination: &destination.repository,

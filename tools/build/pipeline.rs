@@ -21,6 +21,7 @@ use super::progress::{Event, Progress};
 use super::{Tree, verity};
 use crate::chunk::{CHUNK_SIZE, ChunkRef, Digest, is_zero};
 use crate::error::{Error, Result};
+use crate::source::files::unlinked;
 
 /// What became of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -400,25 +401,6 @@ impl Store {
     /// Reads stored bytes back.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.spool.read_exact_at(buf, offset).map_err(|error| Error::io("reading the spool", error))
-    }
-}
-
-/// An unlinked temporary file in `temp`: it is gone when the last handle is, however the program ends.
-pub(super) fn unlinked(temp: &Path) -> Result<File> {
-    use rustix::fs::{Mode, OFlags};
-    let action = || format!("making a temporary file in {}", temp.display());
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    match rustix::fs::open(temp, flags, Mode::RUSR | Mode::WUSR) {
-        Ok(file) => Ok(file.into()),
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
-            // A file system without O_TMPFILE.
-            let path = temp.join(format!(".firstread-{}-{:?}", std::process::id(), std::thread::current().id()));
-            let file = File::options().read(true).write(true).create_new(true).open(&path);
-            let file = file.map_err(|error| Error::io(action(), error))?;
-            std::fs::remove_file(&path).map_err(|error| Error::io(action(), error))?;
-            Ok(file)
-        }
-        Err(error) => Err(Error::io(action(), error.into())),
     }
 }
 

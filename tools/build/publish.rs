@@ -10,13 +10,13 @@ use super::Request;
 use super::assemble::Layer;
 use super::convert::Converted;
 use super::input::Input;
-use super::pipeline::unlinked;
 use super::progress::{Event, Progress};
 use super::reuse::Earlier;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::index::Blob;
 use crate::oci::{annotation, canonical_json, media_type};
+use crate::source::files::unlinked;
 use crate::source::{Content, Publish, Repository};
 
 /// When the image was created, for sources that do not say.
@@ -106,9 +106,7 @@ impl Publisher<'_> {
         for pack in &assembled.packs {
             match pack {
                 Layer::New { file, written } => {
-                    // The file has no name; this is one while it is open.
-                    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-                    self.push(&written.digest, written.bytes, &Content::File(path))?;
+                    self.push(&written.digest, written.bytes, &Content::Draft(file.clone()))?;
                     layers.push(layer(annotation::ROLE_PACK, &written.digest, written.bytes, &[]));
                     diff_ids.push((annotation::ROLE_PACK, written.diff_id));
                 }

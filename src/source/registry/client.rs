@@ -187,6 +187,7 @@ impl Client {
         let body = match content {
             Content::Bytes(bytes) => counted(pieces(bytes.clone()), &sent),
             Content::File(path) => counted(files::stream(PathBuf::from(path), 0, bytes), &sent),
+            Content::Draft(file) => counted(files::stream_open(file.clone(), bytes), &sent),
         };
         let send = request.header(CONTENT_LENGTH, bytes).body(body).send();
         tokio::pin!(send);

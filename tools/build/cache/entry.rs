@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
-use crate::build::pipeline::unlinked;
 use crate::build::rootfs::{Content, Run};
 use crate::build::tar::{Entry, EntryKind};
 use crate::error::{Error, Result};
 use crate::ext4::{Segment, Time};
+use crate::source::files::unlinked;
 
 /// Speed matters more than size here: what is kept is read at most a few times.
 pub(super) const LEVEL: i32 = 1;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 
 use super::pack::{Item, Written, small_layer, write_pack};
-use super::pipeline::{Pipeline, Place, Reusable, Settings, Store, unlinked};
+use super::pipeline::{Pipeline, Place, Reusable, Settings, Store};
 use super::progress::{Event, Progress};
 use super::{Report, Tree};
 use crate::chunk::{ChunkRef, Codec, Digest, Hasher, Verified};
@@ -28,6 +28,7 @@ use crate::oci::{Platform, Reference};
 use crate::pool::{Pool, PoolOptions};
 use crate::profile::Profile;
 use crate::source::Access;
+use crate::source::files::unlinked;
 
 /// What to optimize.
 #[derive(Clone, Debug)]
