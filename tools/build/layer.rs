@@ -1,6 +1,6 @@
 //! Applying a tar to the tree, entry by entry.
 
-use std::io::{BufReader, Read};
+use std::io::Read;
 
 use super::cache::Recorder;
 use super::intake::Intake;
@@ -14,7 +14,7 @@ const MINOR_MAX: u64 = 0xf_ffff;
 /// Longest symbolic link target in bytes (`PATH_MAX` less its NUL).
 const TARGET_MAX: usize = 4095;
 
-/// Applies all entries of `tar`, writes them down if that is wanted, and returns the stream for its rest. Errors name the
+/// Applies all entries of `tar`, which has a buffer of its own, writes them down if that is wanted, and returns the stream for its rest. Errors name the
 /// path.
 pub(super) fn apply<R: Read>(
     tar: R,
@@ -23,8 +23,7 @@ pub(super) fn apply<R: Read>(
     whiteouts: Whiteouts,
     mut recorder: Option<&mut Recorder>,
 ) -> Result<R> {
-    // Small reads (headers, small files) are served from a buffer, chunks go past it.
-    let mut archive = Archive::new(BufReader::with_capacity(128 << 10, tar), rootfs.limits());
+    let mut archive = Archive::new(tar, rootfs.limits());
     while let Some(mut entry) = archive.next_entry()? {
         let at = archive.position();
         let path = std::mem::take(&mut entry.path);
@@ -38,9 +37,7 @@ pub(super) fn apply<R: Read>(
             recorder.entry(&path, &entry, content.as_ref())?;
         }
     }
-    let buffered = archive.into_inner();
-    // What is in the buffer was read, and so hashed, already.
-    Ok(buffered.into_inner())
+    Ok(archive.into_inner())
 }
 
 /// The error with the path or layer it is about.
