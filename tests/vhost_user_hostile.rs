@@ -12,8 +12,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use file_device::{FileDevice, write_reference};
+use firstread::attach::vhost_user::Memory;
 use firstread::attach::vhost_user::request::{self, DESCRIPTORS_MAX, Operation, Table};
-use firstread::attach::vhost_user::{Access, Memory};
+use firstread::device::Access;
 use proptest::prelude::*;
 use vhost_guest::{BASE, ENTRIES, Guest, INDIRECT, MEMORY, NEXT, Server, WRITE};
 use vm_memory::{Bytes, GuestAddress};

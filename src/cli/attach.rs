@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::connect::connect_or_start;
-use super::options::{AccessOptions, Context};
+use super::options::{AccessOptions, Context, WriteOptions};
 use super::{Outcome, reference};
 use crate::daemon::client::Client;
 use crate::daemon::config::Patience;
@@ -31,6 +31,8 @@ pub struct AttachOptions {
     /// Read-ahead of the device in KiB until its program is ready [default: what its start was recorded with, or 128]
     #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(0..=16384))]
     pub read_ahead: Option<u32>,
+    #[command(flatten)]
+    pub write: WriteOptions,
     #[command(flatten)]
     pub access: AccessOptions,
 }
@@ -60,6 +62,7 @@ pub fn request(
     let (transport, on_outage) = (options.transport.clone(), options.on_outage);
     let read_ahead_kb = options.read_ahead;
     let access = context.access(&options.access)?;
+    let writable = options.write.writable()?;
     let mut client = connect_or_start(context)?;
     let attached: Attached = client.call(Call::Attach(control::Attach {
         reference,
@@ -67,6 +70,7 @@ pub fn request(
         on_outage,
         transport,
         read_ahead_kb,
+        writable,
         lifetime,
     }))?;
     if !attached.passed_over.is_empty() {

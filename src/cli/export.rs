@@ -8,7 +8,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::connect::connect_or_start;
-use super::options::{AccessOptions, Context, absolute};
+use super::options::{AccessOptions, Context, WriteOptions, absolute};
 use super::{Outcome, reference};
 use crate::daemon::client::Closer;
 use crate::daemon::config::Patience;
@@ -27,6 +27,8 @@ pub struct Export {
     /// How long reads wait for unreachable sources: seconds, or `wait` for ever [default: the daemon's setting]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
+    #[command(flatten)]
+    write: WriteOptions,
     #[command(flatten)]
     access: AccessOptions,
 }
@@ -84,6 +86,7 @@ impl Export {
         let reference = reference::image(&self.reference)?.to_string();
         let serve = self.form.serve(&self.tls)?;
         let access = context.access(&self.access)?;
+        let writable = self.write.writable()?;
         let mut client = connect_or_start(context)?;
         let failed = |error: std::io::Error| Problem::new(Kind::Failed, format!("waiting for signals: {error}"));
         let stopped = Arc::new(AtomicBool::new(false));
@@ -94,6 +97,7 @@ impl Export {
             reference,
             access,
             on_outage: self.on_outage,
+            writable,
             serve,
         }));
         let outcome = exported.and_then(|exported| {

@@ -14,10 +14,11 @@ use super::options::{Context, absolute};
 use crate::daemon::control::{Attached, Call, DeviceInfo, InUse, Kind, Lifetime, Problem, State};
 use crate::daemon::{attachment::is_stale, mounts};
 
-/// What an ext4 image is mounted with: no journal to load, and as many inode table blocks ahead as the daemon says (in
-/// Linux' Documentation/filesystems/ext4/).
+/// What an ext4 image is mounted with: as many inode table blocks ahead as the daemon says, and no journal to load where
+/// nothing can be written (in Linux' Documentation/filesystems/ext4/).
 fn ext4_options(attached: &Attached) -> String {
-    format!("noload,inode_readahead_blks={}", attached.inode_readahead_blks)
+    let load = if attached.device.read_only { "noload," } else { "" };
+    format!("{load}inode_readahead_blks={}", attached.inode_readahead_blks)
 }
 
 /// Arguments of `mount`.
@@ -66,7 +67,7 @@ impl Mount {
     }
 }
 
-/// Mounts the device on `dir`, read-only.
+/// Mounts the device on `dir`, read-only unless it can be written.
 ///
 /// # Errors
 /// A device without ext4, or what mount(2) says.
@@ -82,18 +83,17 @@ pub fn mount(attached: &Attached, dir: &Path) -> Outcome {
         );
     }
     let data = CString::new(ext4_options(attached)).unwrap_or_default();
-    rustix::mount::mount(device, dir, "ext4", MountFlags::RDONLY | MountFlags::NOATIME, Some(data.as_c_str())).map_err(
-        |errno| {
-            let error = std::io::Error::from(errno);
-            let message =
-                format!("mounting {} ({}) on {}: {error}", device.display(), attached.device.image, dir.display());
-            let hint = match errno {
-                rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => "mounting needs root (CAP_SYS_ADMIN)",
-                _ => "`dmesg` has the kernel's reason, `firstread verify` checks the image",
-            };
-            Problem::new(Kind::Failed, message).hint(hint)
-        },
-    )
+    let access = if attached.device.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    rustix::mount::mount(device, dir, "ext4", access | MountFlags::NOATIME, Some(data.as_c_str())).map_err(|errno| {
+        let error = std::io::Error::from(errno);
+        let message =
+            format!("mounting {} ({}) on {}: {error}", device.display(), attached.device.image, dir.display());
+        let hint = match errno {
+            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => "mounting needs root (CAP_SYS_ADMIN)",
+            _ => "`dmesg` has the kernel's reason, `firstread verify` checks the image",
+        };
+        Problem::new(Kind::Failed, message).hint(hint)
+    })
 }
 
 impl Umount {

@@ -8,8 +8,9 @@ use tracing_subscriber::EnvFilter;
 
 use super::Outcome;
 use super::output::Output;
-use crate::daemon::config::{self, Config, Layer, RegistryLayer, Switch};
+use crate::daemon::config::{self, Config, Layer, RegistryLayer, Size, Switch};
 use crate::daemon::control::{Kind, Problem, SourceAccess};
+use crate::daemon::uppers::{Place, Writable};
 use crate::source::BlobPlace;
 
 /// Options of every verb.
@@ -60,6 +61,38 @@ pub struct AccessOptions {
     /// blobs/sha256/HEX as an OCI layout does (repeatable; HOST/REPO=URL: only for these images)
     #[arg(long, value_name = "[NAME=]URL")]
     pub blobs: Vec<BlobPlace>,
+}
+
+/// Whether a device can be written.
+#[derive(Debug, Clone, Default, Args)]
+pub struct WriteOptions {
+    /// Make the device writable; what is written is thrown away when it is detached, or the machine restarts
+    #[arg(long, conflicts_with = "upper")]
+    pub rw: bool,
+    /// Make the device writable; what is written is kept in this directory, which belongs to this image from then on
+    #[arg(long, value_name = "DIR")]
+    pub upper: Option<PathBuf>,
+    /// Make a writable device larger than its image, e.g. 20G: the room costs nothing until it is written
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<Size>,
+}
+
+impl WriteOptions {
+    /// What the daemon is asked for; `None`: a device that can't be written.
+    ///
+    /// # Errors
+    /// A size of a device that can't be written, or a path that can't be made absolute.
+    pub fn writable(&self) -> Outcome<Option<Writable>> {
+        let place = match &self.upper {
+            Some(dir) => Place::Kept(absolute(dir)?),
+            None if self.rw => Place::Private,
+            None if self.size.is_some() => {
+                return Err(Problem::new(Kind::Usage, "--size is for writable devices: give --rw or --upper as well"));
+            }
+            None => return Ok(None),
+        };
+        Ok(Some(Writable { place, size: self.size.map(|size| size.0) }))
+    }
 }
 
 /// What a verb works with.

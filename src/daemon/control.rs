@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::Patience;
 use super::trace::StartupStatus;
+use super::uppers::{UpperInfo, Writable};
 use crate::error::Error;
 use crate::pool::Scrubbed;
 use crate::source::BlobPlace;
@@ -226,6 +227,9 @@ pub struct Attach {
     /// start-up pack, and the kernel's default of others.
     #[serde(default)]
     pub read_ahead_kb: Option<u32>,
+    /// A device that can be written; otherwise it can't.
+    #[serde(default)]
+    pub writable: Option<Writable>,
     /// Who keeps the device.
     pub lifetime: Lifetime,
 }
@@ -294,6 +298,9 @@ pub struct Export {
     /// How long its readers wait for unreachable sources; `None`: as the node's setting says.
     #[serde(default)]
     pub on_outage: Option<Patience>,
+    /// A device that can be written; otherwise it can't.
+    #[serde(default)]
+    pub writable: Option<Writable>,
     /// How and where.
     #[serde(flatten)]
     pub serve: Serve,
@@ -365,6 +372,9 @@ pub struct DeviceInfo {
     pub mountpoint: Option<PathBuf>,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Where what is written goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upper: Option<UpperInfo>,
     /// How it is doing.
     pub state: State,
 }

@@ -11,6 +11,7 @@ use super::control::{DeviceInfo, InUse, Kind, Lifetime, Problem, State};
 use super::records::{Record, Records, Reopen};
 use super::starts::Start;
 use crate::device::ImageDevice;
+use crate::device::upper::Upper;
 use crate::error::Result;
 use crate::fetch::Image;
 
@@ -32,8 +33,10 @@ pub struct Entry {
 pub struct Served {
     /// The image, shared with its other devices.
     pub image: Arc<Image>,
-    /// The device itself.
+    /// The device itself; of one that can be written its lower.
     pub device: Arc<ImageDevice>,
+    /// What was written.
+    pub upper: Option<Arc<Upper>>,
     /// Its start.
     pub start: Start,
 }

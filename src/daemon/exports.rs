@@ -10,9 +10,12 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::control::TlsFiles;
+use super::node::blocking;
+use super::uppers::{self, UpperInfo};
 use crate::attach::nbd::{self, Export, Exports, NbdListener, NbdOptions, Tls};
-use crate::attach::vhost_user::{self, Access, Disk, VhostUserListener};
+use crate::attach::vhost_user::{self, Disk, VhostUserListener};
 use crate::device::Device;
+use crate::device::upper::Upper;
 use crate::error::{Error, Result};
 
 /// Completes when an export shall end.
@@ -23,6 +26,8 @@ type Stopped = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub struct Serving {
     /// What clients connect to.
     pub uri: String,
+    /// What was written, and where it is.
+    upper: Option<(Arc<Upper>, UpperInfo)>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<Result<()>>,
 }
@@ -59,7 +64,7 @@ impl Serving {
         }
         let listener = VhostUserListener::bind(path)?;
         let serial = digest.rsplit(':').next().unwrap_or_default().to_owned();
-        let disk = Disk { device, serial, access: Access::ReadOnly };
+        let disk = Disk { device, serial };
         Ok(Self::spawn(path.display().to_string(), |stop| vhost_user::serve(listener, disk, stop)))
     }
 
@@ -72,7 +77,13 @@ impl Serving {
             // A sender that is gone means the same as its word.
             let _ = stopped.await;
         });
-        Self { uri, stop: Some(stop), task: tokio::spawn(serve(stopped)) }
+        Self { uri, upper: None, stop: Some(stop), task: tokio::spawn(serve(stopped)) }
+    }
+
+    /// Closes this upper when it is stopped.
+    #[must_use]
+    pub(super) fn with_upper(self, upper: Option<(Arc<Upper>, UpperInfo)>) -> Self {
+        Self { upper, ..self }
     }
 
     /// Stops; returns when the socket is gone.
@@ -81,9 +92,14 @@ impl Serving {
     /// What ended the server.
     pub async fn stop(mut self) -> Result<()> {
         drop(self.stop.take());
-        (&mut self.task)
+        let ended = (&mut self.task)
             .await
-            .unwrap_or_else(|error| Err(Error::Unsupported(format!("an export that panicked: {error}"))))
+            .unwrap_or_else(|error| Err(Error::Unsupported(format!("an export that panicked: {error}"))));
+        let closed = match self.upper.take() {
+            Some((upper, info)) => blocking(move || uppers::close(Some(&upper), &info)).await,
+            None => Ok(()),
+        };
+        ended.and(closed)
     }
 }
 

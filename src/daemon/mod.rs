@@ -29,3 +29,4 @@ pub mod starts;
 pub mod startset;
 pub mod startup;
 pub mod trace;
+pub mod uppers;

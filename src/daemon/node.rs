@@ -23,7 +23,9 @@ use super::records::{Record, Records, Reopen};
 use super::server::Stopping;
 use super::starts::{Start, watch_start};
 use super::trace::{StartupStatus, startup_status};
+use super::uppers::{self, UpperInfo};
 use crate::attach::read_ahead::READY_KB;
+use crate::device::upper::Upper;
 use crate::device::{Device, ImageDevice};
 use crate::error::{Error, Result};
 use crate::fetch::{FetchOptions, Fetcher, Image, Origin, SourceReport};
@@ -87,6 +89,10 @@ impl Node {
         let mut choice = attachment::choose(&request.transport)?;
         let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
         let reserved = self.devices.reserve(&name_of(&image.reference));
+        let opened = match &request.writable {
+            Some(writable) => Some(self.new_upper(&image, &device, writable, reserved.id()).await?),
+            None => None,
+        };
         let mut info = DeviceInfo {
             id: reserved.id().to_owned(),
             image: image.reference.to_string(),
@@ -94,10 +100,12 @@ impl Node {
             device: PathBuf::new(),
             transport: String::new(),
             mountpoint: None,
-            read_only: true,
+            read_only: opened.is_none(),
+            upper: opened.as_ref().map(|opened| opened.info.clone()),
             state: State::Attached,
         };
-        let (file_system, device_bytes) = (image.index.file_system().to_owned(), device.size());
+        let device_bytes = opened.as_ref().map_or(device.size(), |opened| opened.overlay.size());
+        let file_system = image.index.file_system().to_owned();
         let recorded = image.index.startup_read_ahead_kb();
         let read_ahead_kb = request.read_ahead_kb.or(recorded).unwrap_or(READY_KB);
         // The start-up pack has all metadata that is needed; what is read beside it would only be waited for.
@@ -109,13 +117,17 @@ impl Node {
         };
         let (transports, lifetime) = (Arc::clone(&self.transports), request.lifetime);
         let (info, passed_over) = blocking(move || {
-            let dynamic = Arc::clone(&device) as Arc<dyn Device>;
-            let attachment = Attachment::attach(&mut choice, &dynamic, read_ahead_kb, &transports)?;
+            let lower = Arc::clone(&device) as Arc<dyn Device>;
+            let dynamic = opened.as_ref().map_or(lower, |opened| Arc::clone(&opened.overlay) as Arc<dyn Device>);
+            let upper = opened.map(|opened| Arc::clone(opened.overlay.upper()));
+            let attached = Attachment::attach(&mut choice, &dynamic, read_ahead_kb, &transports);
+            let attachment = attached.inspect_err(|_| give_up(upper.as_deref(), info.upper.as_ref()))?;
             info.device = attachment.path().to_owned();
             info.transport = attachment.transport().name().to_owned();
             let start = Start::new(attachment.path(), read_ahead_kb);
-            let served = Served { image, device, start };
-            reserved.fill(Record::new(info.clone(), Some(reopen), lifetime), served, attachment)?;
+            let served = Served { image, device, upper: upper.clone(), start };
+            let filled = reserved.fill(Record::new(info.clone(), Some(reopen), lifetime), served, attachment);
+            filled.inspect_err(|_| give_up(upper.as_deref(), info.upper.as_ref()))?;
             Ok((info, choice.passed_over))
         })
         .await?;
@@ -160,7 +172,10 @@ impl Node {
                 }
                 None => attachment::release_lost(&info, in_use, &config)?,
             }
-            devices.forget(&info.id)
+            let upper = entry.served.as_ref().and_then(|served| served.upper.as_deref());
+            let closed = info.upper.as_ref().map_or(Ok(()), |info| uppers::close(upper, info));
+            // A record of a device that is gone helps nobody, however its upper ended.
+            devices.forget(&info.id).and(closed)
         })
         .await;
         match done {
@@ -198,7 +213,8 @@ impl Node {
             let held = still_held(info);
             if !held {
                 tracing::info!("{}: nobody holds the lost {} any more", info.id, info.device.display());
-                if let Err(error) = self.devices.forget(&info.id) {
+                let closed = info.upper.as_ref().map_or(Ok(()), |info| uppers::close(None, info));
+                if let Err(error) = self.devices.forget(&info.id).and(closed) {
                     tracing::warn!("{}: {error}", info.id);
                 }
             }
@@ -228,11 +244,25 @@ impl Node {
         self.accepting()?;
         let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
         let name = image.reference.to_string();
-        let device_bytes = device.size();
         let digest = image.manifest_digest.to_string();
+        let opened = match &request.writable {
+            Some(writable) => Some(self.new_upper(&image, &device, writable, &self.export_upper()?).await?),
+            None => None,
+        };
+        let lower = device as Arc<dyn Device>;
+        let device = opened.as_ref().map_or(lower, |opened| Arc::clone(&opened.overlay) as Arc<dyn Device>);
+        let device_bytes = device.size();
         let serving = match &request.serve {
-            Serve::Nbd { address, tls } => Serving::nbd(address, tls.as_ref(), name.clone(), device).await?,
-            Serve::VhostUser(path) => Serving::vhost_user(path, &digest, device)?,
+            Serve::Nbd { address, tls } => Serving::nbd(address, tls.as_ref(), name.clone(), device).await,
+            Serve::VhostUser(path) => Serving::vhost_user(path, &digest, device),
+        };
+        let upper = opened.map(|opened| (Arc::clone(opened.overlay.upper()), opened.info));
+        let serving = match serving {
+            Ok(serving) => serving.with_upper(upper),
+            Err(error) => {
+                give_up(upper.as_ref().map(|(upper, _)| upper.as_ref()), upper.as_ref().map(|(_, info)| info));
+                return Err(error.into());
+            }
         };
         tracing::info!("{name} is exported at {}", serving.uri);
         Ok((Exported { image: name, digest, uri: serving.uri.clone(), device_bytes }, serving))
@@ -291,6 +321,12 @@ impl Node {
 
     /// What is to be done before the process ends.
     pub async fn close(&self) {
+        for entry in self.devices.all() {
+            let Some(upper) = entry.served.as_ref().and_then(|served| served.upper.clone()) else { continue };
+            if let Err(error) = upper.flush_soon().await {
+                tracing::warn!("{}: {error}", entry.info().id);
+            }
+        }
         let pool = Arc::clone(&self.pool);
         if let Err(error) = blocking(move || pool.sync()).await {
             tracing::warn!("the pool: {error}");
@@ -315,6 +351,13 @@ impl Node {
 
     pub(super) fn accepting(&self) -> Result<()> {
         if *self.stop.borrow() { Err(Error::Stopping("the daemon".to_owned())) } else { Ok(()) }
+    }
+}
+
+/// Closes the upper of a device that did not come about.
+fn give_up(upper: Option<&Upper>, info: Option<&UpperInfo>) {
+    if let Some(Err(error)) = info.map(|info| uppers::close(upper, info)) {
+        tracing::warn!("{error}");
     }
 }
 

@@ -186,6 +186,7 @@ mod tests {
             transport: "loop".into(),
             mountpoint: None,
             read_only: true,
+            upper: None,
             state: State::Lost,
         };
         Record::new(device, None, Lifetime::Permanent)

@@ -42,16 +42,22 @@ impl Node {
         let info = &record.device;
         let (Some(reopen), Ok(_)) = (&record.reopen, self.devices.find(&info.id)) else { return Ok(()) };
         let (image, device) = self.reopen_device(reopen, &info.digest).await?;
+        let opened = match &info.upper {
+            Some(upper) => Some(self.open_upper(&image, &device, upper.clone(), None).await?),
+            None => None,
+        };
         let (node, info) = (Arc::clone(self), info.clone());
         blocking(move || {
-            let dynamic = Arc::clone(&device) as Arc<dyn Device>;
+            let lower = Arc::clone(&device) as Arc<dyn Device>;
+            let dynamic = opened.as_ref().map_or(lower, |opened| Arc::clone(&opened.overlay) as Arc<dyn Device>);
+            let upper = opened.map(|opened| Arc::clone(opened.overlay.upper()));
             let Some(attachment) = Attachment::recover(&info, dynamic, &node.transports)? else {
                 tracing::warn!("{}: {} is there no more; forgotten", info.id, info.device.display());
                 return node.devices.forget(&info.id);
             };
             tracing::info!("{}: {} is served again", info.id, info.device.display());
             let start = Start::new(attachment.path(), read_ahead::get(attachment.path()).unwrap_or(READY_KB));
-            match node.devices.restore(&info.id, Served { image, device, start }, attachment) {
+            match node.devices.restore(&info.id, Served { image, device, upper, start }, attachment) {
                 Ok(()) => Ok(()),
                 Err(mut unwanted) => unwanted.detach(InUse::Abandon),
             }

@@ -16,7 +16,7 @@ use super::devices::still_held;
 use super::node::Node;
 use super::records::{Record, Records, boot};
 use super::rundir::RunDir;
-use super::server;
+use super::{server, uppers};
 use crate::error::{Error, Result};
 use crate::sys::namespace::enter_private_mount_namespace;
 
@@ -75,7 +75,9 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     let mut earlier = still_lost(&records, others)?;
     let recovering = to_recover(&config, &records, left)?;
     earlier.extend(recovering.iter().cloned());
+    uppers::remove_unknown(&config, earlier.iter().map(|record| &record.device));
     raise_file_limit();
+    serve_writers();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING)
@@ -122,6 +124,17 @@ fn raise_file_limit() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     // It works with fewer, until it needs them.
     let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+/// Tells the kernel that this process's threads are needed to write dirty pages: a write of theirs to an upper never waits
+/// for pages that only they can write (prctl(2), PR_SET_IO_FLUSHER). The threads started from now on inherit it.
+fn serve_writers() {
+    if let Err(errno) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::info!(
+            "writable devices may stall when memory is short: PR_SET_IO_FLUSHER: {}",
+            io::Error::from(errno)
+        );
+    }
 }
 
 /// Which mount namespace the daemon is in.

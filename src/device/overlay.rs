@@ -282,10 +282,6 @@ impl Device for Overlay {
     }
 
     fn flush(&self) -> DeviceFuture<'_, ()> {
-        let upper = Arc::clone(&self.upper);
-        Box::pin(async move {
-            let flushed = tokio::task::spawn_blocking(move || upper.flush());
-            flushed.await.unwrap_or_else(|error| Err(Error::Stopping(format!("a task ({error})"))))
-        })
+        Box::pin(self.upper.flush_soon())
     }
 }

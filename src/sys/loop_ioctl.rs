@@ -73,6 +73,15 @@ pub enum LoopIo {
     Buffered,
 }
 
+/// Whether a loop device can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoopWrites {
+    /// It can't.
+    Refused,
+    /// It can, if its file and itself are open for writing.
+    Accepted,
+}
+
 /// What a bound loop device says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoopStatus {
@@ -113,14 +122,24 @@ pub fn get_free(control: &File) -> io::Result<u32> {
     u32::try_from(number).map_err(io::Error::other)
 }
 
-/// Binds `device` to `backing`, read-only, to be released when its last user closes it (`LOOP_CONFIGURE`, since 5.8).
+/// Binds `device` to `backing`, to be released when its last user closes it (`LOOP_CONFIGURE`, since 5.8).
 /// `name` is cut to what fits.
 ///
 /// # Errors
 /// EBUSY when somebody else was faster, or what the system says.
-pub fn configure(device: &File, backing: BorrowedFd<'_>, name: &str, block_size: u32, mode: LoopIo) -> io::Result<()> {
+pub fn configure(
+    device: &File,
+    backing: BorrowedFd<'_>,
+    name: &str,
+    block_size: u32,
+    mode: LoopIo,
+    writes: LoopWrites,
+) -> io::Result<()> {
     let mut info = LoopInfo64::EMPTY;
-    info.flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR;
+    info.flags = LO_FLAGS_AUTOCLEAR;
+    if writes == LoopWrites::Refused {
+        info.flags |= LO_FLAGS_READ_ONLY;
+    }
     if mode == LoopIo::Direct {
         info.flags |= LO_FLAGS_DIRECT_IO;
     }

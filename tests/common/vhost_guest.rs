@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use firstread::attach::vhost_user::{Access, Disk, VhostUserListener, serve};
+use firstread::attach::vhost_user::{Disk, VhostUserListener, serve};
 use firstread::device::Device;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
@@ -45,7 +45,7 @@ impl Server {
         let guard = runtime.enter();
         let listener = VhostUserListener::bind(&path).unwrap();
         drop(guard);
-        let disk = Disk { device, serial: "0123456789abcdefghijklmnop".to_owned(), access: Access::ReadOnly };
+        let disk = Disk { device, serial: "0123456789abcdefghijklmnop".to_owned() };
         let (stop, stopped) = oneshot::channel::<()>();
         runtime.spawn(async move {
             let stopped = async {

@@ -14,18 +14,18 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
-    Session, SessionACL,
+    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, WriteFlags,
 };
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use tokio::runtime::Handle;
 
-use crate::device::{Device, Local};
+use crate::device::{Access, Device, DeviceFuture, Local, Zeroing};
 use crate::error::{Error, Result};
 
-/// Largest read request in bytes: what the kernel allows by default (`fs.fuse.max_pages_limit` of 256 pages).
+/// Largest request in bytes: what the kernel allows by default (`fs.fuse.max_pages_limit` of 256 pages).
 const READ_MAX: u32 = 1 << 20;
 /// Asynchronous requests that the kernel has in flight: direct reads of a loop device are such. Together with
 /// [`READ_MAX`] the bound of what misses can hold, 64 MiB.
@@ -33,7 +33,10 @@ const IN_FLIGHT: u16 = 64;
 const ROOT: INodeNo = INodeNo(1);
 const DISK: INodeNo = INodeNo(2);
 const NAME: &str = "disk";
-/// Nothing ever changes.
+/// Modes of fallocate(2).
+const PUNCH_HOLE: i32 = 2;
+const ZERO_RANGE: i32 = 16;
+/// The file's attributes never change.
 const FOREVER: Duration = Duration::from_secs(1 << 30);
 
 /// Starts a session with `threads` threads and opens its file. The session ends when the file's last user closes it.
@@ -48,7 +51,8 @@ pub fn serve(
 ) -> Result<(BackgroundSession, OwnedFd)> {
     let channel = File::options().read(true).write(true).open("/dev/fuse");
     let channel = channel.map_err(|error| Error::io("open /dev/fuse", error))?;
-    let mount = detached_mount(&channel).map_err(|errno| Error::io("make a FUSE file system", errno.into()))?;
+    let access = device.access();
+    let mount = detached_mount(&channel, access).map_err(|errno| Error::io("make a FUSE file system", errno.into()))?;
     let failed = |error: io::Error| Error::io("start the FUSE session", error);
     let disk = Disk { size: device.size(), device, runtime, failing, buffers: Mutex::default() };
     let mut config = Config::default();
@@ -56,13 +60,17 @@ pub fn serve(
     config.clone_fd = true;
     let session = Session::from_fd(disk, channel.into(), SessionACL::Owner, config).map_err(failed)?;
     let session = session.spawn().map_err(failed)?;
-    let file = rustix::fs::openat(&mount, NAME, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    let mode = match access {
+        Access::ReadOnly => OFlags::RDONLY,
+        Access::ReadWrite => OFlags::RDWR,
+    };
+    let file = rustix::fs::openat(&mount, NAME, mode | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| Error::io("open the FUSE file", errno.into()))?;
     Ok((session, file))
 }
 
 /// A FUSE file system on `channel` that is mounted nowhere.
-fn detached_mount(channel: &File) -> rustix::io::Result<OwnedFd> {
+fn detached_mount(channel: &File, access: Access) -> rustix::io::Result<OwnedFd> {
     let context = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let channel = channel.as_raw_fd().to_string();
     let (user, group) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
@@ -78,10 +86,11 @@ fn detached_mount(channel: &File) -> rustix::io::Result<OwnedFd> {
         rustix::mount::fsconfig_set_string(&context, key, value)?;
     }
     rustix::mount::fsconfig_create(&context)?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
-        | MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mut attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    if access == Access::ReadOnly {
+        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+    }
     rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
@@ -100,6 +109,7 @@ impl Disk {
     fn attributes(&self, ino: INodeNo) -> FileAttr {
         let (kind, perm, size) = match ino {
             ROOT => (FileType::Directory, 0o500, 0),
+            _ if self.device.access() == Access::ReadWrite => (FileType::RegularFile, 0o600, self.size),
             _ => (FileType::RegularFile, 0o400, self.size),
         };
         FileAttr {
@@ -155,13 +165,71 @@ impl Filesystem for Disk {
         }
     }
 
-    /// Every close of the loop device asks for it; there is nothing to write.
+    /// The kernel asks before it writes, for capabilities that the write would take away, until it hears that there are none.
+    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    /// The loop device takes the block size for the granularity of its discards.
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        reply.statfs(0, 0, 0, 0, 0, 4096, 255, 0);
+    }
+
+    /// Every close of the loop device asks for it; what is to be durable is told by fsync.
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         reply.ok();
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        reply.ok();
+        match self.device.access() {
+            Access::ReadOnly => reply.ok(),
+            Access::ReadWrite => self.start(reply, |device| device.flush()),
+        }
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        if self.failing.load(Ordering::Relaxed) {
+            reply.error(Errno::EIO);
+            return;
+        }
+        // The kernel was told the largest request.
+        let len = data.len() as u32;
+        match self.device.write_local(offset, data) {
+            Ok(Local::Done) => reply.written(len),
+            Ok(Local::Missing) => {
+                let (device, data) = (Arc::clone(&self.device), data.to_vec());
+                self.runtime.spawn(async move {
+                    match device.write_at(offset, &data).await {
+                        Ok(()) => reply.written(len),
+                        Err(error) => reply.error(Errno::from_i32(error.errno())),
+                    }
+                });
+            }
+            Err(error) => reply.error(Errno::from_i32(error.errno())),
+        }
+    }
+
+    /// What the loop device makes of discards and of writes of zeros: which one it was can't be told, so that all become
+    /// zeros.
+    fn fallocate(&self, _: &Request, _: INodeNo, _: FileHandle, offset: u64, len: u64, mode: i32, reply: ReplyEmpty) {
+        let how = match mode {
+            _ if self.failing.load(Ordering::Relaxed) => return reply.error(Errno::EIO),
+            mode if mode & PUNCH_HOLE != 0 => Zeroing::Hole,
+            mode if mode & ZERO_RANGE != 0 => Zeroing::Allocated,
+            _ => return reply.error(Errno::EOPNOTSUPP),
+        };
+        self.start(reply, move |device| device.zero(offset, len, how));
     }
 
     fn read(
@@ -195,6 +263,17 @@ impl Filesystem for Disk {
 }
 
 impl Disk {
+    /// Has the runtime do what has no data.
+    fn start(&self, reply: ReplyEmpty, work: impl FnOnce(&dyn Device) -> DeviceFuture<'_, ()> + Send + 'static) {
+        let device = Arc::clone(&self.device);
+        self.runtime.spawn(async move {
+            match work(device.as_ref()).await {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(Errno::from_i32(error.errno())),
+            }
+        });
+    }
+
     /// Fetches on the runtime. A task that the runtime drops on shutdown answers EIO by dropping the reply.
     fn miss(&self, offset: u64, len: usize, reply: ReplyData) {
         let device = Arc::clone(&self.device);

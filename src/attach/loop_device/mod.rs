@@ -1,5 +1,5 @@
-//! The loop transport: a FUSE file under a loop device, for kernels that offer neither ublk nor NBD. Read-only, and
-//! without recovery: when this process ends, readers get I/O errors.
+//! The loop transport: a FUSE file under a loop device, for kernels that offer neither ublk nor NBD. Without recovery:
+//! when this process ends, users get I/O errors.
 //!
 //! Nothing is left behind by a process that is killed: the loop device releases itself when its last user closes it, and
 //! the attachment is one of the users. `kernel-notes/loop.md` has what this relies on.
@@ -16,10 +16,11 @@ use tokio::runtime::Handle;
 
 use super::holders::{self, Holder};
 use super::read_ahead;
-use crate::device::Device;
+use crate::device::{Access, Device};
 use crate::error::{Error, Result};
 use crate::sys::loop_ioctl;
 pub use crate::sys::loop_ioctl::LoopIo;
+use crate::sys::loop_ioctl::LoopWrites;
 
 mod fuse;
 
@@ -71,26 +72,36 @@ pub fn attach(device: Arc<dyn Device>, options: LoopOptions, runtime: Handle) ->
         }
     }
     let failing = Arc::new(AtomicBool::new(false));
+    let writes = match device.access() {
+        Access::ReadOnly => LoopWrites::Refused,
+        Access::ReadWrite => LoopWrites::Accepted,
+    };
     let (session, file) = fuse::serve(device, options.threads.max(1), runtime, Arc::clone(&failing))?;
     let name = format!("{PREFIX}{}", identity(std::process::id()).unwrap_or_default());
-    let (path, held) = bind(&file, &name, options)?;
+    let (path, held) = bind(&file, &name, options, writes)?;
     let attachment = LoopAttachment { path, name, held: Some(held), failing, session };
     read_ahead::set(&attachment.path, options.read_ahead_kb)?;
     Ok(attachment)
 }
 
 /// Binds a free loop device to `file`; its path, and the device opened.
-fn bind(file: impl std::os::fd::AsFd, name: &str, options: LoopOptions) -> Result<(PathBuf, File)> {
+fn bind(file: impl std::os::fd::AsFd, name: &str, options: LoopOptions, writes: LoopWrites) -> Result<(PathBuf, File)> {
     let control = File::options().read(true).write(true).open("/dev/loop-control");
     let control = control.map_err(|error| Error::io("open /dev/loop-control", error))?;
     let mut busy = None;
     for _ in 0..TRIES {
         let number = loop_ioctl::get_free(&control).map_err(|error| Error::io("find a free loop device", error))?;
         let path = PathBuf::from(format!("/dev/loop{number}"));
-        // O_RDONLY: the device is never written.
-        let device = File::open(&path).map_err(|error| Error::io(format!("open {}", path.display()), error))?;
-        match loop_ioctl::configure(&device, file.as_fd(), name, options.block_size, options.io) {
-            Ok(()) => return Ok((path, device)),
+        // The kernel makes a device read-only whose binder could not have written to it.
+        let device = File::options().read(true).write(writes == LoopWrites::Accepted).open(&path);
+        let device = device.map_err(|error| Error::io(format!("open {}", path.display()), error))?;
+        match loop_ioctl::configure(&device, file.as_fd(), name, options.block_size, options.io, writes) {
+            // Kept open for reading only: some kernels mount nothing that somebody has open for writing. The second open
+            // comes before the close that would release it.
+            Ok(()) => {
+                let held = File::open(&path).map_err(|error| Error::io(format!("open {}", path.display()), error))?;
+                return Ok((path, held));
+            }
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => busy = Some(error),
             Err(error) => return Err(Error::io(format!("bind {}", path.display()), error)),
         }
@@ -144,7 +155,7 @@ impl LoopAttachment {
         Err(holders::busy(&self.path, &self.holders()))
     }
 
-    /// Answers every read with an error from now on, and gives the device up: it is free when its last user leaves. Only
+    /// Answers every read and write with an error from now on, and gives the device up: it is free when its last user leaves. Only
     /// dropping is left.
     pub fn fail(&mut self) {
         self.failing.store(true, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! The NBD server: exports devices to QEMU, libnbd, nbd-client and the kernel, read-only.
+//! The NBD server: exports devices to QEMU, libnbd, nbd-client and the kernel.
 //!
 //! [`proto`] is the wire format without I/O, `negotiate` the handshake, `serve` the transmission. A connection is one
 //! thread: hits are read straight into its reply buffer and leave in batches; misses are tasks whose replies that
@@ -7,7 +7,7 @@
 //! # What a client can cost
 //!
 //! Whatever it sends, at most per connection: a thread with 512 KiB of stack, 16 KiB of requests, 64 KiB of one option, [`serve::OUTPUT`] bytes of
-//! replies, [`serve::MISSES_MAX`] misses of together [`serve::MISS_BYTES_MAX`] bytes, and 512 KiB of socket buffer in
+//! replies, a piece of a write ([`serve::PIECE`]), [`serve::MISSES_MAX`] misses of together [`serve::MISS_BYTES_MAX`] bytes, and 512 KiB of socket buffer in
 //! the kernel. [`NbdOptions::connections`] bounds the connections, [`NbdOptions::handshake`] the time without an export. A
 //! client that reads slowly stops its own connection only.
 //!
@@ -24,7 +24,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::device::Device;
+use crate::device::{Access, Device};
 use crate::error::{Error, Result};
 use connection::{Connection, Opening};
 
@@ -46,6 +46,19 @@ pub use tls::Tls;
 pub const BLOCK_MIN: u32 = 1;
 /// Request size in bytes below which a client pays more than it need.
 pub const BLOCK_PREFERRED: u32 = 4096;
+
+/// What clients may know of any device: what may be done with it, and that its connections see each other's writes, and
+/// make each other's durable.
+fn device_flags(access: Access) -> u16 {
+    use proto::export_flag::{
+        CAN_MULTI_CONN, HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES,
+    };
+    let always = HAS_FLAGS | SEND_FLUSH | CAN_MULTI_CONN;
+    match access {
+        Access::ReadOnly => always | READ_ONLY,
+        Access::ReadWrite => always | SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES,
+    }
+}
 
 /// A device under a name.
 pub struct Export {

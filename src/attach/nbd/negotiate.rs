@@ -10,6 +10,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::proto::{self, ContextRequest, InfoRequest, export_flag, info, option, reply};
 use super::{Export, Exports};
+use crate::device::Access;
 
 /// Options that one client may send before it chooses an export.
 pub const OPTIONS_MAX: u32 = 128;
@@ -247,7 +248,7 @@ impl Handshake<'_> {
         };
         let mut answer = Vec::with_capacity(134);
         answer.extend_from_slice(&export.device.size().to_be_bytes());
-        answer.extend_from_slice(&self.export_flags().to_be_bytes());
+        answer.extend_from_slice(&self.export_flags(export.device.access()).to_be_bytes());
         if matches!(self.zeroes, Zeroes::Sent) {
             answer.resize(134, 0);
         }
@@ -277,7 +278,7 @@ impl Handshake<'_> {
         };
         let mut about = vec![info::EXPORT.to_be_bytes().to_vec()];
         about[0].extend_from_slice(&export.device.size().to_be_bytes());
-        about[0].extend_from_slice(&self.export_flags().to_be_bytes());
+        about[0].extend_from_slice(&self.export_flags(export.device.access()).to_be_bytes());
         if request.wanted.contains(&info::NAME) {
             about.push([&info::NAME.to_be_bytes(), export.name.as_bytes()].concat());
         }
@@ -327,12 +328,8 @@ impl Handshake<'_> {
         Ok(Step::More)
     }
 
-    fn export_flags(&self) -> u16 {
-        let always = export_flag::HAS_FLAGS
-            | export_flag::READ_ONLY
-            | export_flag::SEND_FLUSH
-            | export_flag::CAN_MULTI_CONN
-            | export_flag::SEND_CACHE;
+    fn export_flags(&self, access: Access) -> u16 {
+        let always = super::device_flags(access) | export_flag::SEND_CACHE;
         match self.replies {
             Replies::Simple => always,
             Replies::Structured => always | export_flag::SEND_DF,

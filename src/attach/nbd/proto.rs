@@ -29,7 +29,7 @@ pub const NAME_MAX: usize = 4096;
 pub const OPTION_MAX: usize = 64 << 10;
 /// Longest option payload that is skipped; with a longer one the connection ends.
 pub const OPTION_SKIP_MAX: u32 = 1 << 20;
-/// Longest read that is answered: what a client may assume when it does not ask for block sizes.
+/// Longest read or write that is answered: what a client may assume when it does not ask for block sizes.
 pub const READ_MAX: u32 = 32 << 20;
 
 /// Bytes of a request without payload.
@@ -84,6 +84,9 @@ pub mod export_flag {
     pub const HAS_FLAGS: u16 = 1;
     pub const READ_ONLY: u16 = 1 << 1;
     pub const SEND_FLUSH: u16 = 1 << 2;
+    pub const SEND_FUA: u16 = 1 << 3;
+    pub const SEND_TRIM: u16 = 1 << 5;
+    pub const SEND_WRITE_ZEROES: u16 = 1 << 6;
     pub const SEND_DF: u16 = 1 << 7;
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
     pub const SEND_CACHE: u16 = 1 << 10;
@@ -92,6 +95,8 @@ pub mod export_flag {
 /// Flags of a command.
 pub mod command_flag {
     #![allow(missing_docs)]
+    pub const FUA: u16 = 1;
+    pub const NO_HOLE: u16 = 1 << 1;
     pub const DF: u16 = 1 << 2;
     pub const REQ_ONE: u16 = 1 << 3;
 }
@@ -281,6 +286,23 @@ pub fn simple_header(error: u32, cookie: u64) -> [u8; SIMPLE_LEN] {
     out[4..8].copy_from_slice(&error.to_be_bytes());
     out[8..].copy_from_slice(&cookie.to_be_bytes());
     out
+}
+
+/// The header of a reply that carries all of a read.
+pub enum Header {
+    /// Of a simple reply.
+    Simple([u8; SIMPLE_LEN]),
+    /// Of a structured reply's only chunk.
+    Chunk([u8; DATA_CHUNK_LEN]),
+}
+
+impl AsRef<[u8]> for Header {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Simple(bytes) => bytes,
+            Self::Chunk(bytes) => bytes,
+        }
+    }
 }
 
 /// The header of a structured reply's chunk with `payload` bytes after it.

@@ -3,7 +3,7 @@
 //! A hit is read into the connection's output buffer behind its header, and leaves with its neighbours in one write once
 //! no complete request is left in the input buffer: no allocation, no zeroing, no change of task. A large read is cut
 //! in pieces of [`PIECE`] bytes, so that the client takes one piece while the next is read. What is not local becomes a
-//! task; its reply is written when it finishes, between others.
+//! task; its reply is written when it finishes, between others. Writes are in [`write`].
 
 use std::io;
 use std::sync::Arc;
@@ -15,11 +15,13 @@ use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
 use super::negotiate::{Context, Replies, Session};
-use super::proto::{self, CHUNK_DONE, Command, Request, command_flag};
+use super::proto::{self, CHUNK_DONE, Command, Header, Request, command_flag};
 use super::status;
 use crate::chunk::is_zero;
-use crate::device::{Device, Local, Residence, check_range};
+use crate::device::{Access, Device, Local, Residence, check_range};
 use crate::error::{Error, Result};
+
+mod write;
 
 /// Bytes of one piece of a large read; it stays in a core's cache between being read and being sent.
 pub const PIECE: usize = 256 << 10;
@@ -78,7 +80,7 @@ enum Event {
     HangUp,
 }
 
-/// A miss that ended: its request, what it took from the budget, and the reply's data after [`HEADER_ROOM`] bytes.
+/// A miss, or another task, that ended: its request, what it took from the budget, and the reply's data after [`HEADER_ROOM`] bytes.
 struct Finished {
     request: Request,
     cost: u32,
@@ -88,6 +90,7 @@ struct Finished {
 struct Connection<S> {
     stream: S,
     device: Arc<dyn Device>,
+    access: Access,
     replies: Replies,
     contexts: Vec<Context>,
     /// Requests: `input[head..tail]` was received and is not parsed yet.
@@ -96,6 +99,8 @@ struct Connection<S> {
     tail: usize,
     /// Payload bytes of a refused write that are still to come.
     skip: u64,
+    /// A piece of a write's payload.
+    payload: Vec<u8>,
     /// Replies: `output[start..filled]` is to be sent.
     output: Vec<u8>,
     start: usize,
@@ -116,6 +121,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let start = (output.as_ptr().align_offset(ALIGN) % ALIGN) + ALIGN - header;
         Self {
             stream,
+            access: session.export.device.access(),
             device: Arc::clone(&session.export.device),
             replies: session.replies,
             contexts: session.contexts,
@@ -123,6 +129,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             head: 0,
             tail: 0,
             skip: 0,
+            payload: Vec::new(),
             output,
             start,
             filled: start,
@@ -151,6 +158,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Request::parse(header).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "wrong request magic"))?;
         self.head += proto::REQUEST_LEN;
         if request.command == Command::Write {
+            // Unless it is written.
             self.skip = u64::from(request.len);
         }
         Ok(Some(request))
@@ -199,16 +207,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let allowed = match (request.command, self.replies) {
             (Command::Read, Replies::Structured) => command_flag::DF,
             (Command::BlockStatus, _) => command_flag::REQ_ONE,
+            (Command::WriteZeroes, _) => command_flag::NO_HOLE,
             _ => 0,
+        };
+        let allowed = match self.access {
+            Access::ReadOnly => allowed,
+            Access::ReadWrite => allowed | command_flag::FUA,
         };
         let refused = |reason: &str| Error::invalid("request", reason);
         match request.command {
-            Command::Write | Command::Trim | Command::WriteZeroes => {
+            Command::Write | Command::Trim | Command::WriteZeroes if self.access == Access::ReadOnly => {
                 self.error(request.cookie, rustix::io::Errno::PERM.raw_os_error(), "the export is read-only").await
             }
             Command::Unknown(_) => self.fail(request.cookie, &refused("unknown command")).await,
             _ if request.flags & !allowed != 0 => self.fail(request.cookie, &refused("unknown flags")).await,
+            Command::Flush if self.access == Access::ReadWrite => self.flush_device(request).await,
             Command::Flush | Command::Disconnect => self.done(request.cookie).await,
+            Command::Write => self.write(request).await,
+            Command::Trim | Command::WriteZeroes => self.zero(request).await,
             Command::Read | Command::Cache | Command::BlockStatus => {
                 let inside = check_range(self.device.size(), request.offset, u64::from(request.len));
                 match inside {
@@ -380,7 +396,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let request = &finished.request;
         let mut data = match finished.data {
             Err(error) => return self.fail(request.cookie, &error).await,
-            Ok(_) if request.command == Command::Cache => return self.done(request.cookie).await,
+            Ok(_) if request.command != Command::Read => return self.done(request.cookie).await,
             Ok(data) => data,
         };
         if self.replies == Replies::Structured && is_zero(&data[HEADER_ROOM..]) {
@@ -471,19 +487,5 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.filled = self.start;
         }
         Ok(())
-    }
-}
-
-enum Header {
-    Simple([u8; proto::SIMPLE_LEN]),
-    Chunk([u8; proto::DATA_CHUNK_LEN]),
-}
-
-impl AsRef<[u8]> for Header {
-    fn as_ref(&self) -> &[u8] {
-        match self {
-            Self::Simple(bytes) => bytes,
-            Self::Chunk(bytes) => bytes,
-        }
     }
 }

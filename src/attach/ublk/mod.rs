@@ -1,7 +1,8 @@
-//! The transport ublk: the kernel hands requests to this process by io_uring. Read-only for now. Devices outlive the
-//! process: the next one takes them over, and their readers wait meanwhile.
+//! The transport ublk: the kernel hands requests to this process by io_uring. Devices outlive the process: the next one
+//! takes them over, and their users wait meanwhile. What this process had of their requests is given to the next one again,
+//! which does a write no harm: the dead one can't do it any more.
 //!
-//! Hits are answered on the queue's thread; misses go to the runtime, and wake the thread when they are there.
+//! Hits, and writes that need no source, are answered on the queue's thread; misses go to the runtime, and wake the thread when they are there.
 //! `kernel-notes/ublk.md` has what this relies on.
 
 use std::fs::{self, File};
@@ -17,11 +18,11 @@ use rustix::io::Errno;
 
 use super::holders::{self, Holder};
 use super::read_ahead;
-use crate::device::Device;
+use crate::device::{Access, Device};
 use crate::error::{Error, Result};
 use crate::sys::ublk::{
     Control, DeviceInfo, F_CMD_IOCTL_ENCODE, F_USER_COPY, F_USER_RECOVERY, F_USER_RECOVERY_REISSUE, QueueFiles, S_DEAD,
-    S_QUIESCED,
+    S_QUIESCED, Writes,
 };
 
 mod queue;
@@ -119,7 +120,11 @@ pub fn attach(server: &Arc<UblkServer>, device: Arc<dyn Device>, read_ahead_kb: 
             let action = format!("{what} the ublk device {number}");
             move |error| Error::io(action, error)
         };
-        control.set_read_only_size(&info, device.size()).map_err(failed("set the size of"))?;
+        let writes = match device.access() {
+            Access::ReadOnly => Writes::Refused,
+            Access::ReadWrite => Writes::Accepted,
+        };
+        control.set_size(&info, device.size(), writes).map_err(failed("set the size of"))?;
         let served = serve(server, &info, device)?;
         control.start(number).map_err(failed("start"))?;
         let path = block_device(number);

@@ -1,5 +1,6 @@
 //! One thread and the queues that it serves.
 
+use std::future::Future;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -12,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
 use super::{IO_MAX, Shared};
-use crate::device::{Device, Local};
+use crate::device::{Access, Device, Local, Zeroing};
 use crate::error::{Error, Result};
 use crate::sys::ublk::{Command, Event, QueueFiles, QueueRing, Request, Waker};
 
@@ -61,21 +62,29 @@ pub enum Message {
         /// Gets told whether it was fetched from.
         answer: Sender<io::Result<()>>,
     },
-    /// A miss is here.
-    Fetched {
+    /// What a task was for is done.
+    Done {
         /// The queue.
         slot: u32,
         /// The request.
         tag: u16,
-        /// Which of the thread's misses.
+        /// Which of the thread's tasks.
         turn: u64,
-        /// The data, or why there are none.
-        data: Result<Vec<u8>>,
+        /// How it ended.
+        outcome: Result<Done>,
     },
     /// Answer all requests of this device with an error from now on.
     Fail(Arc<Served>),
     /// End.
     Quit,
+}
+
+/// What a task has done.
+pub enum Done {
+    /// A read: its data.
+    Read(Vec<u8>),
+    /// Anything else: what it is to be answered with.
+    Other(i32),
 }
 
 /// Messages for a thread.
@@ -113,16 +122,16 @@ struct Queue {
     /// Tags that may still get requests.
     live: u16,
     failing: bool,
-    /// Whether the last miss failed, which was said.
+    /// Whether the last request failed, which was said.
     complained: bool,
 }
 
 impl Queue {
-    /// Says why a reader gets an error; once until reads succeed again.
+    /// Says why a user gets an error; once until requests succeed again.
     fn complain(&mut self, error: &Error) {
         if !self.complained {
             self.complained = true;
-            tracing::warn!("/dev/ublkb{}: a read fails: {error}", self.served.number);
+            tracing::warn!("/dev/ublkb{}: a request fails: {error}", self.served.number);
         }
     }
 }
@@ -130,7 +139,7 @@ impl Queue {
 /// A place for a request.
 #[derive(Default)]
 struct Tag {
-    /// The fetch that the request waits for, and the miss's number: an answer that comes too late is told by it.
+    /// The task that the request waits for, and its number: an answer that comes too late is told by it.
     waiting: Option<(u64, AbortHandle)>,
 }
 
@@ -150,7 +159,9 @@ pub struct QueueThread {
     inbox: Arc<Inbox>,
     runtime: Handle,
     queues: Vec<Option<Queue>>,
-    /// Misses so far.
+    /// Where writes are taken to: the largest request's bytes.
+    buffer: Vec<u8>,
+    /// Tasks so far.
     turns: u64,
     quit: bool,
 }
@@ -159,7 +170,7 @@ impl QueueThread {
     /// A thread without queues.
     #[must_use]
     pub fn new(ring: QueueRing, inbox: Arc<Inbox>, runtime: Handle) -> Self {
-        Self { ring, inbox, runtime, queues: Vec::new(), turns: 0, quit: false }
+        Self { ring, inbox, runtime, queues: Vec::new(), buffer: vec![0; IO_MAX as usize], turns: 0, quit: false }
     }
 
     /// Serves until it is told to quit.
@@ -194,7 +205,7 @@ impl QueueThread {
                     // Whoever waits for it may have given up.
                     let _ = answer.send(self.serve(served, files));
                 }
-                Message::Fetched { slot, tag, turn, data } => self.fetched(slot, tag, turn, data)?,
+                Message::Done { slot, tag, turn, outcome } => self.done(slot, tag, turn, outcome)?,
                 Message::Fail(served) => self.fail(&served)?,
                 Message::Quit => self.quit = true,
             }
@@ -226,11 +237,20 @@ impl QueueThread {
         let request = queue.files.request(tag)?;
         let errno = match request.command {
             _ if queue.failing => Errno::IO,
-            Command::Read if request.len <= IO_MAX => return self.read(slot, tag, request),
+            Command::Read | Command::Write | Command::WriteDurable if request.len > IO_MAX => Errno::INVAL,
+            Command::Read => return self.read(slot, tag, request),
+            Command::Write | Command::WriteDurable => return self.write(slot, tag, request),
             // There is nothing that could be lost.
-            Command::Flush => return self.ring.commit(&queue.files, slot, tag, 0),
-            Command::Read => Errno::INVAL,
-            Command::Other(_) => Errno::ROFS,
+            Command::Flush if queue.served.device.access() == Access::ReadOnly => {
+                return self.ring.commit(&queue.files, slot, tag, 0);
+            }
+            Command::Flush => {
+                return self.start(slot, tag, |device| async move { device.flush().await.map(|()| Done::Other(0)) });
+            }
+            Command::Discard => return self.zero(slot, tag, request, Zeroing::Discard),
+            Command::Zero => return self.zero(slot, tag, request, Zeroing::Hole),
+            Command::ZeroKeepingRoom => return self.zero(slot, tag, request, Zeroing::Allocated),
+            Command::Other(_) => Errno::OPNOTSUPP,
         };
         self.ring.commit(&queue.files, slot, tag, -errno.raw_os_error())
     }
@@ -241,17 +261,38 @@ impl QueueThread {
         let buffer = self.ring.buffer(len)?;
         match queue.served.device.read_local(request.offset, buffer) {
             Ok(Local::Done) => self.ring.commit_buffer(&queue.files, slot, tag, request.len),
+            Ok(Local::Missing) => self.start(slot, tag, move |device| async move {
+                let mut data = vec![0; len];
+                device.read_at(request.offset, &mut data).await.map(|()| Done::Read(data))
+            }),
+            Err(error) => {
+                queue.complain(&error);
+                self.ring.commit(&queue.files, slot, tag, -error.errno())
+            }
+        }
+    }
+
+    fn write(&mut self, slot: u32, tag: u16, request: Request) -> io::Result<()> {
+        let Some(Some(queue)) = self.queues.get_mut(slot as usize) else { return Ok(()) };
+        let len = request.len as usize;
+        let Some(data) = self.buffer.get_mut(..len) else { return Ok(()) };
+        let taken =
+            queue.files.take(tag, data).map_err(|error| Error::io("take a write's data from the kernel", error));
+        let answer = Done::Other(len as i32);
+        match taken.and_then(|()| queue.served.device.write_local(request.offset, data)) {
+            Ok(Local::Done) if request.command == Command::WriteDurable => {
+                self.start(slot, tag, move |device| async move { device.flush().await.map(|()| answer) })
+            }
+            Ok(Local::Done) => self.ring.commit(&queue.files, slot, tag, len as i32),
             Ok(Local::Missing) => {
-                let Some(place) = queue.tags.get_mut(usize::from(tag)) else { return Ok(()) };
-                self.turns += 1;
-                let (device, inbox, turn) = (Arc::clone(&queue.served.device), Arc::clone(&self.inbox), self.turns);
-                let fetch = self.runtime.spawn(async move {
-                    let mut data = vec![0; len];
-                    let data = device.read_at(request.offset, &mut data).await.map(|()| data);
-                    inbox.send(Message::Fetched { slot, tag, turn, data });
-                });
-                place.waiting = Some((turn, fetch.abort_handle()));
-                Ok(())
+                let data = data.to_vec();
+                self.start(slot, tag, move |device| async move {
+                    device.write_at(request.offset, &data).await?;
+                    if request.command == Command::WriteDurable {
+                        device.flush().await?;
+                    }
+                    Ok(answer)
+                })
             }
             Err(error) => {
                 queue.complain(&error);
@@ -260,23 +301,51 @@ impl QueueThread {
         }
     }
 
-    fn fetched(&mut self, slot: u32, tag: u16, turn: u64, data: Result<Vec<u8>>) -> io::Result<()> {
+    fn zero(&mut self, slot: u32, tag: u16, request: Request, how: Zeroing) -> io::Result<()> {
+        self.start(slot, tag, move |device| async move {
+            device.zero(request.offset, u64::from(request.len), how).await.map(|()| Done::Other(0))
+        })
+    }
+
+    /// Has the runtime do what may have to wait; its message brings the answer.
+    fn start<W, F>(&mut self, slot: u32, tag: u16, work: W) -> io::Result<()>
+    where
+        W: FnOnce(Arc<dyn Device>) -> F,
+        F: Future<Output = Result<Done>> + Send + 'static,
+    {
+        let Some(Some(queue)) = self.queues.get_mut(slot as usize) else { return Ok(()) };
+        let Some(place) = queue.tags.get_mut(usize::from(tag)) else { return Ok(()) };
+        self.turns += 1;
+        let (inbox, turn, work) = (Arc::clone(&self.inbox), self.turns, work(Arc::clone(&queue.served.device)));
+        let task = self.runtime.spawn(async move {
+            let outcome = work.await;
+            inbox.send(Message::Done { slot, tag, turn, outcome });
+        });
+        place.waiting = Some((turn, task.abort_handle()));
+        Ok(())
+    }
+
+    fn done(&mut self, slot: u32, tag: u16, turn: u64, outcome: Result<Done>) -> io::Result<()> {
         let Some(Some(queue)) = self.queues.get_mut(slot as usize) else { return Ok(()) };
         let Some(place) = queue.tags.get_mut(usize::from(tag)) else { return Ok(()) };
         // Answered already, or of a queue that had this slot before.
         if place.waiting.take_if(|(waiting, _)| *waiting == turn).is_none() {
             return Ok(());
         }
-        match data {
-            Ok(data) => {
+        let answer = match outcome {
+            Ok(done) => {
                 queue.complained = false;
-                self.ring.commit_data(&queue.files, slot, tag, data)
+                match done {
+                    Done::Read(data) => return self.ring.commit_data(&queue.files, slot, tag, data),
+                    Done::Other(answer) => answer,
+                }
             }
             Err(error) => {
                 queue.complain(&error);
-                self.ring.commit(&queue.files, slot, tag, -error.errno())
+                -error.errno()
             }
-        }
+        };
+        self.ring.commit(&queue.files, slot, tag, answer)
     }
 
     fn refused(&mut self, slot: u32, tag: u16) -> io::Result<()> {

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::device::Device;
+use crate::device::{Access, Device};
 
 /// Bytes of a sector: the unit of virtio-blk's positions.
 pub const SECTOR: u64 = 512;
@@ -27,25 +27,19 @@ pub const SEGMENTS: u32 = 126;
 /// Bytes of the configuration space; those behind the fields are zero.
 const CONFIG_BYTES: usize = 256;
 
+/// Largest range in sectors that one request discards or zeroes: 1 GiB.
+pub const DISCARD_SECTORS: u32 = 1 << 21;
+
 /// Log2 of physical blocks in logical ones of 512 bytes: images are made of blocks of 4096.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
-
-/// What may be done with a disk. Writing is refused by the only kind there is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Reads only.
-    ReadOnly,
-}
 
 /// A device as guests see it.
 #[derive(Clone)]
 pub struct Disk {
-    /// What is read.
+    /// What is read, and written if it can be.
     pub device: Arc<dyn Device>,
     /// Serial number: the first 20 bytes are shown.
     pub serial: String,
-    /// What guests may do.
-    pub access: Access,
 }
 
 impl std::fmt::Debug for Disk {
@@ -68,8 +62,9 @@ impl Disk {
             VIRTIO_BLK_F_FLUSH,
             VIRTIO_BLK_F_MQ,
         ];
-        let access = match self.access {
+        let access = match self.device.access() {
             Access::ReadOnly => 1 << VIRTIO_BLK_F_RO,
+            Access::ReadWrite => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
         };
         always.into_iter().fold(access, |bits, bit| bits | 1 << bit)
     }
@@ -82,8 +77,18 @@ impl Disk {
         config[12..16].copy_from_slice(&SEGMENTS.to_le_bytes());
         config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
         config[24] = PHYSICAL_BLOCK_EXP;
-        // Without a cache to write back (`wce`, byte 32), and with so many queues.
+        // The cache can't be turned off (`wce`, byte 32): what is written is durable after a flush.
         config[34..36].copy_from_slice(&QUEUES.to_le_bytes());
+        if self.device.access() == Access::ReadWrite {
+            // Of one range in a request; a guest may keep the room of what it zeroes, or not (`write_zeroes_may_unmap`).
+            let [range, one] = [DISCARD_SECTORS.to_le_bytes(), 1_u32.to_le_bytes()];
+            let fields =
+                [(36, range), (40, one), (44, (1_u32 << PHYSICAL_BLOCK_EXP).to_le_bytes()), (48, range), (52, one)];
+            for (at, field) in fields {
+                config[at..at + 4].copy_from_slice(&field);
+            }
+            config[56] = 1;
+        }
         let start = usize::try_from(offset).ok()?;
         let end = start.checked_add(usize::try_from(size).ok()?)?;
         config.get(start..end).map(<[u8]>::to_vec)

@@ -31,10 +31,12 @@ mod inflight;
 mod memory;
 pub mod request;
 mod ring;
+mod segments;
 mod session;
+mod shared;
 mod worker;
 
-pub use disk::{Access, Disk, QUEUE_SIZE_MAX, QUEUES, SEGMENTS};
+pub use disk::{Disk, QUEUE_SIZE_MAX, QUEUES, SEGMENTS};
 pub use memory::Memory;
 
 /// A bound socket. Its file is removed when this is dropped.

@@ -7,13 +7,17 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::disk::{Access, SECTOR};
+use super::disk::{DISCARD_SECTORS, SECTOR};
 use super::memory::Memory;
+use crate::device::{Access, Zeroing};
 
 /// Descriptors of one request, however it is made up: twice what guests are told to keep to.
 pub const DESCRIPTORS_MAX: usize = 256;
 
-/// Bytes of the header: type, reserved, sector.
+/// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`.
+const UNMAP: u32 = 1;
+
+/// Bytes of the header: type, reserved, sector; and of a range to discard.
 const HEADER: usize = 16;
 
 /// A range of a guest's memory.
@@ -35,6 +39,22 @@ pub enum Operation {
         /// Bytes, as many as the segments have; inside the device.
         len: u64,
     },
+    /// Write the segments to the device.
+    Write {
+        /// First byte on the device.
+        offset: u64,
+        /// Bytes, as many as the segments have; inside the device.
+        len: u64,
+    },
+    /// Make a range zeros.
+    Zero {
+        /// First byte on the device.
+        offset: u64,
+        /// Bytes; inside the device.
+        len: u64,
+        /// How.
+        how: Zeroing,
+    },
     /// Tell the serial number.
     GetId,
     /// Make what was written durable.
@@ -50,7 +70,7 @@ pub struct Request {
     pub head: u16,
     /// What to do.
     pub operation: Operation,
-    /// Where data goes.
+    /// Where data goes, or where a write's are.
     pub segments: Vec<Segment>,
     /// Where the status goes.
     pub status: GuestAddress,
@@ -141,30 +161,75 @@ pub fn parse(memory: &Memory, table: Table, head: u16, size: u64, access: Access
     if last.len == 0 {
         segments.pop();
     }
-    let operation = match header(memory, &readable) {
-        Some(header) => operation(&header, &segments, size, access),
-        None => Operation::Refuse(VIRTIO_BLK_S_IOERR as u8),
+    let Some(header) = header(memory, &readable) else {
+        return Some(Request { head, operation: refused(), segments, status });
     };
+    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+    let kind = u32::from_le_bytes([t0, t1, t2, t3]);
+    let sent = behind_header(&readable);
+    let operation = match kind {
+        VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if access == Access::ReadOnly => refused(),
+        VIRTIO_BLK_T_IN => match range(u64::from_le_bytes(sector), bytes(&segments), size) {
+            Some((offset, len)) => Operation::Read { offset, len },
+            None => refused(),
+        },
+        VIRTIO_BLK_T_OUT => match range(u64::from_le_bytes(sector), bytes(&sent), size) {
+            Some((offset, len)) => Operation::Write { offset, len },
+            None => refused(),
+        },
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => zeroing(memory, &sent, kind, size),
+        VIRTIO_BLK_T_GET_ID if bytes(&segments) >= u64::from(VIRTIO_BLK_ID_BYTES) => Operation::GetId,
+        VIRTIO_BLK_T_GET_ID => refused(),
+        VIRTIO_BLK_T_FLUSH => Operation::Flush,
+        _ => Operation::Refuse(VIRTIO_BLK_S_UNSUPP as u8),
+    };
+    let segments = if matches!(operation, Operation::Write { .. }) { sent } else { segments };
     Some(Request { head, operation, segments, status })
 }
 
-fn operation(header: &[u8; HEADER], segments: &[Segment], size: u64, access: Access) -> Operation {
-    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
-    let len: u64 = segments.iter().map(|segment| u64::from(segment.len)).sum();
-    let refused = Operation::Refuse(VIRTIO_BLK_S_IOERR as u8);
-    match u32::from_le_bytes([t0, t1, t2, t3]) {
-        VIRTIO_BLK_T_IN => match u64::from_le_bytes(sector).checked_mul(SECTOR) {
-            Some(offset) if len.is_multiple_of(SECTOR) && offset.checked_add(len).is_some_and(|end| end <= size) => {
-                Operation::Read { offset, len }
-            }
-            _ => refused,
-        },
-        VIRTIO_BLK_T_GET_ID if len >= u64::from(VIRTIO_BLK_ID_BYTES) => Operation::GetId,
-        VIRTIO_BLK_T_GET_ID => refused,
-        VIRTIO_BLK_T_FLUSH => Operation::Flush,
-        VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => match access {
-            Access::ReadOnly => refused,
-        },
-        _ => Operation::Refuse(VIRTIO_BLK_S_UNSUPP as u8),
+fn refused() -> Operation {
+    Operation::Refuse(VIRTIO_BLK_S_IOERR as u8)
+}
+
+fn bytes(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| u64::from(segment.len)).sum()
+}
+
+/// The range of `len` bytes from a sector, if it is one of whole sectors inside the device.
+fn range(sector: u64, len: u64, size: u64) -> Option<(u64, u64)> {
+    let offset = sector.checked_mul(SECTOR)?;
+    let inside = len.is_multiple_of(SECTOR) && offset.checked_add(len).is_some_and(|end| end <= size);
+    inside.then_some((offset, len))
+}
+
+/// What is behind the first [`HEADER`] bytes of the readable segments.
+fn behind_header(readable: &[Segment]) -> Vec<Segment> {
+    let mut skip = HEADER as u32;
+    let rest = |segment: &Segment| {
+        let skipped = skip.min(segment.len);
+        skip -= skipped;
+        let address = GuestAddress(segment.address.0 + u64::from(skipped));
+        Some(Segment { address, len: segment.len - skipped }).filter(|segment| segment.len > 0)
+    };
+    readable.iter().filter_map(rest).collect()
+}
+
+/// The range of a request to discard or to zero (`struct virtio_blk_discard_write_zeroes`): guests were told to name one.
+fn zeroing(memory: &Memory, sent: &[Segment], kind: u32, size: u64) -> Operation {
+    if bytes(sent) != HEADER as u64 {
+        return refused();
+    }
+    let Some([sector @ .., n0, n1, n2, n3, f0, f1, f2, f3]) = header(memory, sent) else { return refused() };
+    let (sectors, flags) = (u32::from_le_bytes([n0, n1, n2, n3]), u32::from_le_bytes([f0, f1, f2, f3]));
+    let how = match (kind, flags) {
+        (VIRTIO_BLK_T_DISCARD, 0) => Zeroing::Discard,
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0) => Zeroing::Allocated,
+        (VIRTIO_BLK_T_WRITE_ZEROES, UNMAP) => Zeroing::Hole,
+        // "MUST set the status byte to VIRTIO_BLK_S_UNSUPP" for flags that it does not know, and to unmap a discard.
+        _ => return Operation::Refuse(VIRTIO_BLK_S_UNSUPP as u8),
+    };
+    match range(u64::from_le_bytes(sector), u64::from(sectors) * SECTOR, size) {
+        Some((offset, len)) if sectors <= DISCARD_SECTORS => Operation::Zero { offset, len, how },
+        _ => refused(),
     }
 }

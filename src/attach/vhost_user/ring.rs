@@ -14,7 +14,8 @@ use vm_memory::GuestAddress;
 use super::disk::{Disk, QUEUE_SIZE_MAX};
 use super::inflight::{Area, Tracker};
 use super::memory::SharedMemory;
-use super::worker::{Shared, Stop, Stopped, Worker};
+use super::shared::{Shared, Stop};
+use super::worker::{Stopped, Worker};
 
 /// The places of a queue's parts in the guest.
 #[derive(Clone, Copy, Debug)]

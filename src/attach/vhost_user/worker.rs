@@ -1,19 +1,19 @@
 //! A queue's thread: takes a guest's requests, answers hits at once, and answers misses as they finish.
 //!
-//! Hits are read straight into the guest's memory. A miss is a task of the fetch runtime that reads into a buffer of its
-//! own and wakes this thread up, which alone touches the guest. What a guest can make this hold: as many requests as its
+//! Hits are read straight into the guest's memory, and writes that need no source are copied out of it and written. A miss
+//! is a task of the fetch runtime that reads into a buffer of its own and wakes this thread up, which alone touches the
+//! guest; so are writes that have to wait, flushes and zeros. What a guest can make this hold: as many requests as its
 //! queue has entries, and [`MISSES_MAX`] misses of together [`MISS_BYTES_MAX`] bytes; further requests wait.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::runtime::Handle;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_queue::{Queue, QueueT};
@@ -22,9 +22,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::disk::Disk;
 use super::inflight::Tracker;
 use super::memory::{Memory, SharedMemory};
-use super::request::{self, Operation, Request, Segment, Table};
-use crate::device::Local;
-use crate::error::Result;
+use super::request::{self, Operation, Request, Table};
+use super::segments::{Cursor, gather, scatter};
+use super::shared::{Finished, Shared};
+use crate::device::{Access, Local};
 use crate::sys::guest_memory;
 
 /// Misses of one queue at a time.
@@ -46,75 +47,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Requests that are answered before the guest is told, so that it works on them meanwhile.
 const BATCH: usize = 32;
 
-/// Whether a thread goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Stop {
-    /// It does.
-    No,
-    /// It answers what it has taken, and ends.
-    Orderly,
-    /// It ends: nobody looks at its answers any more.
-    AtOnce,
-}
-
-/// What the thread shares with others.
-#[derive(Debug)]
-pub struct Shared {
-    wake: OwnedFd,
-    stop: AtomicU8,
-    finished: Mutex<Vec<Finished>>,
-    /// How the guest is told of answers; the front-end may change it at any time.
-    call: Arc<Mutex<Option<File>>>,
-}
-
-impl Shared {
-    fn new(call: Arc<Mutex<Option<File>>>) -> io::Result<Self> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { wake, stop: AtomicU8::new(Stop::No as u8), finished: Mutex::default(), call })
-    }
-
-    /// Makes the thread end.
-    pub fn stop(&self, how: Stop) {
-        self.stop.fetch_max(how as u8, Ordering::SeqCst);
-        self.wake();
-    }
-
-    fn stops(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) != Stop::No as u8
-    }
-
-    fn stops_at_once(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) == Stop::AtOnce as u8
-    }
-
-    fn wake(&self) {
-        // It fails only when it is full, and then the thread wakes up anyway.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
-
-    fn finish(&self, finished: Finished) {
-        self.finished.lock().push(finished);
-        self.wake();
-    }
-}
-
-/// A read that is not answered yet.
+/// A request that is not answered yet.
 #[derive(Debug)]
 struct Reading {
     request: Request,
     offset: u64,
     len: u64,
-    /// Bytes that the guest has.
+    /// Bytes that the guest has, or that were written.
     done: u64,
-}
-
-/// A miss that has ended.
-#[derive(Debug)]
-struct Finished {
-    /// Which of the thread's misses.
-    number: u64,
-    data: Result<Vec<u8>>,
 }
 
 /// A miss on its way.
@@ -297,7 +237,7 @@ impl Running {
         }
         let disk = &self.worker.disk;
         let table = Table { address: GuestAddress(self.worker.queue.desc_table()), len: self.worker.queue.size() };
-        let Some(request) = request::parse(memory, table, head, disk.device.size(), disk.access) else {
+        let Some(request) = request::parse(memory, table, head, disk.device.size(), disk.device.access()) else {
             // There is no place for a status: the guest gets its descriptors back, and nothing in them.
             return self.give_back(head, 0, memory);
         };
@@ -309,25 +249,61 @@ impl Running {
                 let status = if written { VIRTIO_BLK_S_OK } else { VIRTIO_BLK_S_IOERR };
                 self.answer(&request, status, id.len() as u64, memory);
             }
-            Operation::Flush => self.answer(&request, VIRTIO_BLK_S_OK, 0, memory),
+            // There is nothing that could be lost.
+            Operation::Flush if disk.device.access() == Access::ReadOnly => {
+                self.answer(&request, VIRTIO_BLK_S_OK, 0, memory);
+            }
+            Operation::Write { offset, len } | Operation::Zero { offset, len, .. } => {
+                self.advance(Reading { request, offset, len, done: 0 }, memory);
+            }
+            Operation::Flush => self.advance(Reading { request, offset: 0, len: 0, done: 0 }, memory),
             Operation::Refuse(status) => self.answer(&request, u32::from(status), 0, memory),
         }
     }
 
-    /// Reads on; what needs a source becomes a miss, or waits until there is room for one.
+    /// Goes on; what has to wait becomes a miss, or waits until there is room for one.
     fn advance(&mut self, mut reading: Reading, memory: &Memory) {
-        match self.read_local(&mut reading, memory) {
-            Progress::Done => self.answer(&reading.request, VIRTIO_BLK_S_OK, reading.len, memory),
-            Progress::Failed => self.answer(&reading.request, VIRTIO_BLK_S_IOERR, reading.done, memory),
+        let progress = match reading.request.operation {
+            Operation::Write { .. } => self.write_local(&mut reading, memory),
+            Operation::Zero { .. } | Operation::Flush => Progress::Missing,
+            _ => self.read_local(&mut reading, memory),
+        };
+        match progress {
+            Progress::Done => self.answer(&reading.request, VIRTIO_BLK_S_OK, given(&reading), memory),
+            Progress::Failed => self.answer(&reading.request, VIRTIO_BLK_S_IOERR, given(&reading), memory),
             Progress::Missing => {
-                let cost = MISS_BYTES.min(usize::try_from(reading.len - reading.done).unwrap_or(MISS_BYTES));
+                let cost = match reading.request.operation {
+                    Operation::Zero { .. } | Operation::Flush => 0,
+                    _ => MISS_BYTES.min(usize::try_from(reading.len - reading.done).unwrap_or(MISS_BYTES)),
+                };
                 if self.misses.len() >= MISSES_MAX || self.miss_bytes + cost > MISS_BYTES_MAX {
                     self.waiting.push_back(reading);
                 } else {
-                    self.miss(reading, cost);
+                    self.miss(reading, cost, memory);
                 }
             }
         }
+    }
+
+    /// Writes what needs no source, from where the write has got to.
+    fn write_local(&mut self, writing: &mut Reading, memory: &Memory) -> Progress {
+        while writing.done < writing.len {
+            let len = usize::try_from(writing.len - writing.done).unwrap_or(usize::MAX).min(PIECE);
+            self.scratch.resize(PIECE, 0);
+            let piece = &mut self.scratch[..len];
+            if !gather(memory, &writing.request.segments, writing.done, piece) {
+                return Progress::Failed;
+            }
+            match self.worker.disk.device.write_local(writing.offset + writing.done, piece) {
+                Ok(Local::Done) => writing.done += len as u64,
+                Ok(Local::Missing) => return Progress::Missing,
+                Err(error) => {
+                    tracing::debug!("vhost-user: a write of {} bytes at {}: {error}", writing.len, writing.offset);
+                    return Progress::Failed;
+                }
+            }
+        }
+        Progress::Done
     }
 
     /// Reads what is local, from where the read has got to.
@@ -361,16 +337,27 @@ impl Running {
         Progress::Done
     }
 
-    fn miss(&mut self, reading: Reading, cost: usize) {
+    fn miss(&mut self, reading: Reading, cost: usize, memory: &Memory) {
         let (number, offset) = (self.next_miss, reading.offset + reading.done);
+        let mut data = vec![0; cost];
+        let operation = reading.request.operation;
+        if matches!(operation, Operation::Write { .. })
+            && !gather(memory, &reading.request.segments, reading.done, &mut data)
+        {
+            return self.answer(&reading.request, VIRTIO_BLK_S_IOERR, 0, memory);
+        }
         self.next_miss += 1;
         self.miss_bytes += cost;
         self.misses.insert(number, Miss { reading, cost });
         let (shared, device) = (Arc::clone(&self.shared), Arc::clone(&self.worker.disk.device));
         self.worker.runtime.spawn(async move {
-            let mut data = vec![0; cost];
-            let read = device.read_at(offset, &mut data).await;
-            shared.finish(Finished { number, data: read.map(|()| data) });
+            let done = match operation {
+                Operation::Write { .. } => device.write_at(offset, &data).await,
+                Operation::Zero { offset, len, how } => device.zero(offset, len, how).await,
+                Operation::Flush => device.flush().await,
+                _ => device.read_at(offset, &mut data).await,
+            };
+            shared.finish(Finished { number, data: done.map(|()| data) });
         });
     }
 
@@ -385,14 +372,21 @@ impl Running {
             let Some(Miss { mut reading, cost }) = self.misses.remove(&number) else { continue };
             self.miss_bytes -= cost;
             match data {
+                Ok(data) if matches!(reading.request.operation, Operation::Write { .. }) => {
+                    reading.done += data.len() as u64;
+                    self.advance(reading, &memory);
+                }
+                Ok(_) if matches!(reading.request.operation, Operation::Zero { .. } | Operation::Flush) => {
+                    self.answer(&reading.request, VIRTIO_BLK_S_OK, 0, &memory);
+                }
                 Ok(data) if scatter(&memory, &reading.request.segments, reading.done, &data) => {
                     reading.done += data.len() as u64;
                     self.advance(reading, &memory);
                 }
-                Ok(_) => self.answer(&reading.request, VIRTIO_BLK_S_IOERR, reading.done, &memory),
+                Ok(_) => self.answer(&reading.request, VIRTIO_BLK_S_IOERR, given(&reading), &memory),
                 Err(error) => {
-                    tracing::debug!("vhost-user: a read of {} bytes at {}: {error}", reading.len, reading.offset);
-                    self.answer(&reading.request, VIRTIO_BLK_S_IOERR, reading.done, &memory);
+                    tracing::debug!("vhost-user: a request of {} bytes at {}: {error}", reading.len, reading.offset);
+                    self.answer(&reading.request, VIRTIO_BLK_S_IOERR, given(&reading), &memory);
                 }
             }
         }
@@ -446,52 +440,7 @@ impl Running {
     }
 }
 
-/// A place in a list of segments.
-struct Cursor<'a> {
-    segments: &'a [Segment],
-    /// Bytes of the first segment that are behind.
-    within: u64,
-}
-
-impl<'a> Cursor<'a> {
-    fn new(segments: &'a [Segment], at: u64) -> Self {
-        let mut cursor = Self { segments, within: 0 };
-        cursor.skip(at);
-        cursor
-    }
-
-    /// What is left of the current segment.
-    fn rest(&self) -> Option<Segment> {
-        let first = self.segments.first()?;
-        let within = u32::try_from(self.within).ok()?;
-        Some(Segment {
-            address: GuestAddress(first.address.0.checked_add(self.within)?),
-            len: first.len.checked_sub(within)?,
-        })
-    }
-
-    fn skip(&mut self, len: u64) {
-        self.within += len;
-        while let Some((first, rest)) = self.segments.split_first()
-            && self.within >= u64::from(first.len)
-        {
-            self.within -= u64::from(first.len);
-            self.segments = rest;
-        }
-    }
-}
-
-/// Copies `bytes` to the segments, from byte `at` of them on. False if they are not all in the guest's memory.
-fn scatter(memory: &Memory, segments: &[Segment], at: u64, mut bytes: &[u8]) -> bool {
-    let mut cursor = Cursor::new(segments, at);
-    while !bytes.is_empty() {
-        let Some(segment) = cursor.rest() else { return false };
-        let (now, later) = bytes.split_at(bytes.len().min(segment.len as usize));
-        if memory.write_slice(now, segment.address).is_err() {
-            return false;
-        }
-        cursor.skip(now.len() as u64);
-        bytes = later;
-    }
-    true
+/// Bytes of the guest's memory that a request has written so far, its status apart.
+fn given(reading: &Reading) -> u64 {
+    if matches!(reading.request.operation, Operation::Read { .. }) { reading.done } else { 0 }
 }

@@ -7,7 +7,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::remove;
+use super::remove_file;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::media::MediaDir;
@@ -102,7 +102,7 @@ impl Header {
         let body = serde_json::to_vec(self)?;
         let mut bytes = format!("{MAGIC} {VERSION} {:08x}\n", crc32c::crc32c(&body)).into_bytes();
         bytes.extend_from_slice(&body);
-        remove(dir, NEW)?;
+        remove_file(dir, NEW)?;
         let file = dir.create(NEW)?;
         file.write(0, &bytes)?;
         file.sync()?;

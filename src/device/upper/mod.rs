@@ -39,7 +39,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::device::check_range;
@@ -48,11 +48,13 @@ use crate::index::{BLOCK, DEVICE_MAX};
 use crate::media::{Directory, Media, MediaDir};
 
 mod claims;
+mod flusher;
 mod header;
 mod live;
 mod map;
 
 pub use claims::{Claim, Claims};
+use flusher::Flusher;
 use header::Header;
 pub use header::LowerIdentity;
 use live::Live;
@@ -109,8 +111,8 @@ pub struct Upper {
     flusher: Flusher,
     /// Why `data` can't be trusted any more.
     failed: OnceLock<Error>,
-    /// The directory, locked. `None` in tests.
-    _lock: Option<File>,
+    /// The directory, locked. `None` in tests, and once it was closed.
+    lock: Mutex<Option<File>>,
 }
 
 impl std::fmt::Debug for Upper {
@@ -138,7 +140,8 @@ impl Upper {
             Err(errno) => return Err(failed(errno.into())),
         }
         let upper = Self::open_on(&Directory::new(dir), &name, lower, options)?;
-        Ok(Self { _lock: Some(lock), ..upper })
+        *upper.lock.lock() = Some(lock);
+        Ok(upper)
     }
 
     /// As [`open`](Self::open), in a directory that nobody else has.
@@ -199,7 +202,7 @@ impl Upper {
             claims: Arc::new(Claims::default()),
             flusher: Flusher::default(),
             failed: OnceLock::new(),
-            _lock: None,
+            lock: Mutex::default(),
         })
     }
 
@@ -318,6 +321,36 @@ impl Upper {
         }
     }
 
+    /// As [`flush`](Self::flush), for those who may not block: one thread of the runtime does for all of them.
+    ///
+    /// # Errors
+    /// As of [`flush`](Self::flush).
+    pub async fn flush_soon(self: &Arc<Self>) -> Result<()> {
+        self.check()?;
+        match self.durability {
+            Durability::Private => Ok(()),
+            Durability::Kept => {
+                let start = |round| {
+                    let upper = Arc::clone(self);
+                    drop(tokio::task::spawn_blocking(move || upper.flusher.end(round, upper.sync())));
+                };
+                self.flusher.flush_soon(start).await
+            }
+        }
+    }
+
+    /// Flushes, and gives the directory to whoever wants it next. What is written from now on fails.
+    ///
+    /// # Errors
+    /// As of [`flush`](Self::flush); it is closed all the same.
+    pub fn close(&self) -> Result<()> {
+        let flushed = self.flush();
+        // Whatever is the first reason.
+        let _ = self.failed.set(Error::Stopping("the device".to_owned()));
+        *self.lock.lock() = None;
+        flushed
+    }
+
     fn sync(&self) -> Result<()> {
         self.check()?;
         // Only bits whose data were written before the sync of the data begins.
@@ -375,11 +408,22 @@ pub fn discard(dir: &Path) -> Result<()> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Err(Error::Busy(format!("the upper {name} is in use by a device; detach that first")));
     }
+    remove(dir)
+}
+
+/// As [`discard`], for who knows that nobody has it open, or that it does not matter.
+///
+/// # Errors
+/// What the system says.
+pub fn remove(dir: &Path) -> Result<()> {
+    let failed = |error| Error::io(format!("remove the upper {}", dir.display()), error);
     for file in [header::NAME, header::NEW, MAP, live::NAME, DATA] {
-        remove(&Directory::new(dir), file).map_err(failed)?;
+        remove_file(&Directory::new(dir), file).map_err(failed)?;
     }
     match fs::remove_dir(dir) {
-        Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(failed(error)),
+        Err(error) if !matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound) => {
+            Err(failed(error))
+        }
         _ => Ok(()),
     }
 }
@@ -405,12 +449,12 @@ fn make_files(dir: &dyn MediaDir, name: &str) -> Result<(Box<dyn Media>, Box<dyn
         return Err(Error::invalid("upper", reason));
     }
     for file in [header::NEW, MAP, DATA, live::NAME] {
-        remove(dir, file).map_err(failed)?;
+        remove_file(dir, file).map_err(failed)?;
     }
     Ok((dir.create(DATA).map_err(failed)?, dir.create(MAP).map_err(failed)?))
 }
 
-fn remove(dir: &dyn MediaDir, file: &str) -> io::Result<()> {
+fn remove_file(dir: &dyn MediaDir, file: &str) -> io::Result<()> {
     match dir.remove(file) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
@@ -426,48 +470,6 @@ fn wanted_size(size: u64, lower: &LowerIdentity) -> Result<u64> {
             Err(Error::invalid("size of an upper", reason))
         }
         None => Err(Error::invalid("size of an upper", format!("{size} bytes are more than {DEVICE_MAX}"))),
-    }
-}
-
-/// Has several that want to flush share one sync, without a lock that is held meanwhile.
-#[derive(Default)]
-struct Flusher {
-    state: Mutex<Rounds>,
-    ended: Condvar,
-}
-
-#[derive(Default)]
-struct Rounds {
-    /// Rounds that began.
-    began: u64,
-    running: bool,
-    /// How the latest round that ended, ended: its number and result.
-    last: Option<(u64, Result<()>)>,
-}
-
-impl Flusher {
-    /// Runs `sync`, or waits for a run of somebody else that begins after this call.
-    fn flush(&self, sync: impl Fn() -> Result<()>) -> Result<()> {
-        let mut state = self.state.lock();
-        let enough = state.began + 1;
-        loop {
-            match &state.last {
-                Some((round, result)) if *round >= enough => return result.clone(),
-                _ if state.running => self.ended.wait(&mut state),
-                _ => break,
-            }
-        }
-        state.began += 1;
-        let round = state.began;
-        state.running = true;
-        drop(state);
-        let result = sync();
-        let mut state = self.state.lock();
-        state.running = false;
-        state.last = Some((round, result.clone()));
-        drop(state);
-        self.ended.notify_all();
-        result
     }
 }
 

@@ -6,7 +6,10 @@ use std::os::fd::AsRawFd;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use super::{ATTR_READ_ONLY, ControlCommand, DeviceInfo, PARAM_TYPE_BASIC, Params, READ, READ_WRITE, SECTOR, command};
+use super::{
+    ATTR_FUA, ATTR_READ_ONLY, ATTR_VOLATILE_CACHE, ControlCommand, DeviceInfo, PARAM_TYPE_BASIC, PARAM_TYPE_DISCARD,
+    Params, READ, READ_WRITE, SECTOR, command,
+};
 
 const fn control(direction: u32, number: u32) -> u32 {
     command(direction, size_of::<ControlCommand>(), number)
@@ -27,6 +30,18 @@ const DEL_DEV_ASYNC: u32 = control(READ, 0x14);
 /// Logical blocks of 512 bytes suit every image, partition tables included; ext4 reads whole blocks of 4 KiB anyway.
 const LOGICAL_SHIFT: u8 = 9;
 const PHYSICAL_SHIFT: u8 = 12;
+
+/// Largest range in sectors that one request discards or zeroes: 1 GiB.
+const DISCARD_SECTORS: u32 = 1 << 21;
+
+/// Whether a device can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writes {
+    /// It can't.
+    Refused,
+    /// It can; what was written is durable after a flush.
+    Accepted,
+}
 
 /// The control device, opened. Each command waits for its answer.
 pub struct Control {
@@ -73,12 +88,12 @@ impl Control {
         Ok(info)
     }
 
-    /// Gives a device its size in bytes, and makes it read-only.
+    /// Gives a device its size in bytes, and says whether it can be written.
     ///
     /// # Errors
     /// What the system says.
-    pub fn set_read_only_size(&mut self, info: &DeviceInfo, size: u64) -> io::Result<()> {
-        let mut params = Params {
+    pub fn set_size(&mut self, info: &DeviceInfo, size: u64, writes: Writes) -> io::Result<()> {
+        let basic = Params {
             len: size_of::<Params>() as u32,
             types: PARAM_TYPE_BASIC,
             attrs: ATTR_READ_ONLY,
@@ -89,6 +104,18 @@ impl Control {
             max_sectors: info.max_io_bytes / SECTOR,
             sectors: size / u64::from(SECTOR),
             ..Params::default()
+        };
+        let mut params = match writes {
+            Writes::Refused => basic,
+            Writes::Accepted => Params {
+                types: PARAM_TYPE_BASIC | PARAM_TYPE_DISCARD,
+                attrs: ATTR_VOLATILE_CACHE | ATTR_FUA,
+                discard_granularity: 1 << PHYSICAL_SHIFT,
+                max_discard_sectors: DISCARD_SECTORS,
+                max_write_zeroes_sectors: DISCARD_SECTORS,
+                max_discard_segments: 1,
+                ..basic
+            },
         };
         self.with(SET_PARAMS, info.number, &mut params)
     }

@@ -5,7 +5,7 @@
 mod control;
 mod ring;
 
-pub use control::Control;
+pub use control::{Control, Writes};
 pub use ring::{Command, Event, QueueFiles, QueueRing, Request, Waker};
 
 /// The device outlives its server, whose successor takes it over.
@@ -28,7 +28,12 @@ pub const S_QUIESCED: u16 = 2;
 
 /// The device can't be written.
 const ATTR_READ_ONLY: u32 = 1;
+/// What is written is durable after a flush only.
+const ATTR_VOLATILE_CACHE: u32 = 1 << 2;
+/// Writes may ask to be durable.
+const ATTR_FUA: u32 = 1 << 3;
 const PARAM_TYPE_BASIC: u32 = 1;
+const PARAM_TYPE_DISCARD: u32 = 1 << 1;
 
 /// Bytes of a sector, the unit of the driver.
 pub const SECTOR: u32 = 512;
@@ -68,7 +73,7 @@ impl DeviceInfo {
     }
 }
 
-/// `struct ublk_params` with its first part only.
+/// `struct ublk_params` with its first two parts only.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 struct Params {
@@ -83,6 +88,14 @@ struct Params {
     chunk_sectors: u32,
     sectors: u64,
     virt_boundary_mask: u64,
+    discard_alignment: u32,
+    discard_granularity: u32,
+    max_discard_sectors: u32,
+    max_write_zeroes_sectors: u32,
+    max_discard_segments: u16,
+    reserved: u16,
+    /// The first field of the part behind, which is not set.
+    behind: u32,
 }
 
 /// `struct ublksrv_ctrl_cmd`.
@@ -120,7 +133,7 @@ struct IoCommand {
 }
 
 // The sizes that the kernel's structures have.
-const _: () = assert!(size_of::<DeviceInfo>() == 64 && size_of::<Params>() == 40 && size_of::<ControlCommand>() == 32);
+const _: () = assert!(size_of::<DeviceInfo>() == 64 && size_of::<Params>() == 64 && size_of::<ControlCommand>() == 32);
 const _: () = assert!(size_of::<IoDescriptor>() == 24 && size_of::<IoCommand>() == 16);
 
 const READ: u32 = 2 << 30;

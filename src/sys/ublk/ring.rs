@@ -4,6 +4,8 @@
 //! in the `io_uring_enter` that also waits for the next request. The driver can fetch the data from an address in the answer
 //! as well; then a server that is killed at that moment leaves a reader with an error, or with a request cut at a byte that
 //! is no sector's (`kernel-notes/ublk.md`).
+//!
+//! A write's data are read from the character device ([`QueueFiles::take`]).
 
 use std::fs::File;
 use std::io;
@@ -20,6 +22,11 @@ use super::{IoCommand, IoDescriptor, READ_WRITE, SECTOR, command};
 const DATA_OFFSET: u64 = 0x8000_0000;
 const TAG_SHIFT: u32 = 25;
 const QUEUE_SHIFT: u32 = 41;
+/// `UBLK_IO_F_FUA` and `UBLK_IO_F_NOUNMAP`.
+const FUA: u32 = 1 << 13;
+const NO_UNMAP: u32 = 1 << 15;
+/// Tries to read data of which the driver gives nothing.
+const TRIES: u32 = 16;
 
 const fn io_op(number: u32) -> u32 {
     command(READ_WRITE, size_of::<IoCommand>(), number)
@@ -57,8 +64,18 @@ pub struct Request {
 pub enum Command {
     /// Data.
     Read,
+    /// Data written.
+    Write,
+    /// Data written and made durable.
+    WriteDurable,
     /// All that was written made durable.
     Flush,
+    /// A range that is needed no more.
+    Discard,
+    /// A range that shall read as zeros.
+    Zero,
+    /// The same, without its room being given back.
+    ZeroKeepingRoom,
     /// Anything else: the operation's number.
     Other(u8),
 }
@@ -159,9 +176,15 @@ impl QueueFiles {
         // SAFETY: the map has `depth` descriptors and lives as long as self; the driver does not write to this one
         // between the event of its tag and the answer, and the copy is volatile in case it did.
         let found = unsafe { descriptors.start.add(usize::from(tag)).read_volatile() };
+        let (durable, keeping) = (found.op_flags & FUA != 0, found.op_flags & NO_UNMAP != 0);
         let command = match found.op_flags & 0xff {
             0 => Command::Read,
+            1 if durable => Command::WriteDurable,
+            1 => Command::Write,
             2 => Command::Flush,
+            3 => Command::Discard,
+            5 if keeping => Command::ZeroKeepingRoom,
+            5 => Command::Zero,
             other => Command::Other(other as u8),
         };
         let len = found.sectors.saturating_mul(SECTOR);
@@ -171,6 +194,25 @@ impl QueueFiles {
     /// Where the data of the request that `tag` has are in the character device.
     fn data_offset(&self, tag: u16) -> u64 {
         DATA_OFFSET + (u64::from(self.queue) << QUEUE_SHIFT) + (u64::from(tag) << TAG_SHIFT)
+    }
+
+    /// Reads the data of the write that `tag` has. The request is still to be answered.
+    ///
+    /// # Errors
+    /// EINVAL when the tag has no write any more, or what the system says.
+    pub fn take(&self, tag: u16, data: &mut [u8]) -> io::Result<()> {
+        let start = self.data_offset(tag);
+        let (mut done, mut tries) = (0, 0);
+        while let Some(rest) = data.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match rustix::io::pread(&*self.device, rest, start + done as u64) {
+                Ok(0) if tries == TRIES => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(0) => tries += 1,
+                Ok(count) => done += count,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
     }
 }
 

@@ -16,11 +16,10 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::Export;
 use super::connection::{Connection, Opening};
 use super::listen::NbdStream;
 use super::negotiate::{Replies, Session};
-use super::proto::export_flag;
+use super::{Export, device_flags};
 use crate::attach::holders::{self, Holder};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -175,7 +174,7 @@ pub fn attach(
         let new = NewDevice {
             size: device.size(),
             block_size: options.block_size,
-            flags: export_flag::HAS_FLAGS | export_flag::READ_ONLY | export_flag::CAN_MULTI_CONN,
+            flags: device_flags(device.access()),
             timeout: options.timeout,
             dead_timeout: options.dead_timeout,
             identifier: &identifier.0,
