@@ -8,7 +8,7 @@ mod ext4;
 mod nodes;
 
 use ext4::{Data, assemble, check, dir, file, inode, put, xattrs};
-use firstread::ext4::{Inode, InodeId, Kind, Options, Segment, Time, Tree, plan};
+use firstread::ext4::{ALIGN_MAX, Inode, InodeId, Kind, Options, Segment, Time, Tree, plan};
 
 /// Directories of files, and links with blocks of their own.
 fn sample() -> (Tree, Vec<InodeId>) {
@@ -143,6 +143,18 @@ fn identity_comes_from_the_seed_and_times_from_the_tree() {
     assert_ne!(one[0x68..0x78], other[0x68..0x78]);
     assert_ne!(one[0xec..0xfc], other[0xec..0xfc]);
     assert_eq!((made(&one), made(&superblock(&given, 1_800_000_000))), (1_800_000_000, 77));
+}
+
+/// An alignment near 2^32 blocks was taken, and the device filled up with groups of nothing: minutes of work.
+#[test]
+fn an_alignment_beyond_reason_is_refused() {
+    let (tree, _) = sample();
+    let aligned = |data_align_blocks| plan(&tree, &Options { data_align_blocks, ..Options::default() });
+    for blocks in [0, ALIGN_MAX + 1, u32::MAX] {
+        let error = aligned(blocks).expect_err("must be refused").to_string();
+        assert!(error.contains(&format!("aligned to {blocks} blocks: 1 to {ALIGN_MAX}")), "{error}");
+    }
+    assert_eq!(aligned(ALIGN_MAX).unwrap().data_blocks().start, ALIGN_MAX);
 }
 
 #[test]

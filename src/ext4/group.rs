@@ -102,9 +102,9 @@ impl Geometry {
                 }
             };
             // Fewer groups than the inodes were spread over are filled up with free space.
-            let least = u64::from(groups - 1) * u64::from(BLOCKS_PER_GROUP) + u64::from(needs.align.max(1));
+            let least = u64::from(groups - 1) * u64::from(BLOCKS_PER_GROUP) + u64::from(needs.align);
             let blocks = (u64::from(geometry.virtual_end) + slack).max(least);
-            let blocks = blocks.next_multiple_of(u64::from(needs.align.max(1))).min(MAX_BLOCKS);
+            let blocks = blocks.next_multiple_of(u64::from(needs.align)).min(MAX_BLOCKS);
             let wanted = blocks.div_ceil(u64::from(BLOCKS_PER_GROUP)) as u32;
             if wanted <= groups {
                 return Ok(Self { blocks: blocks as u32, ..geometry });
@@ -138,7 +138,7 @@ impl Geometry {
         loop {
             let last = u64::from(mapped < groups);
             let metadata_end = bitmaps_start + u64::from(mapped) + last + u64::from(tables);
-            let data_start = metadata_end.next_multiple_of(u64::from(needs.align.max(1)));
+            let data_start = metadata_end.next_multiple_of(u64::from(needs.align));
             let virtual_start = data_start + needs.data;
             let virtual_end = virtual_start + (u64::from(mapped - tables) + last) * (table_blocks + 1);
             if virtual_end > MAX_BLOCKS {

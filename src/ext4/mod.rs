@@ -35,7 +35,7 @@ pub mod plan;
 
 pub use hash::name_hash;
 pub use layout::BLOCK_SIZE;
-pub use plan::{Options, Plan, plan};
+pub use plan::{ALIGN_MAX, Options, Plan, plan};
 pub use read::{Names, ROOT, ReadBlocks, Run, Type, read_names};
 pub use tree::{Inode, InodeId, Kind, Segment, Time, Tree, Xattr};
 pub use xattr::is_supported as is_supported_xattr;

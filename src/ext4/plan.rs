@@ -31,9 +31,13 @@ pub struct Options {
     /// The order of the files' data. Files that it does not name follow in tree order. What it names twice counts once,
     /// and what has no data or is not in a directory counts not at all.
     pub data_order: Vec<InodeId>,
-    /// The data area starts at a multiple of this many blocks: 64 for chunks of 256 KiB.
+    /// The data area starts at a multiple of this many blocks: 64 for chunks of 256 KiB, at most [`ALIGN_MAX`].
     pub data_align_blocks: u32,
 }
+
+/// Largest alignment of the data area in blocks, 1 GiB. What is left out for it is in the device's groups, and so costs
+/// time and metadata.
+pub const ALIGN_MAX: u32 = 1 << 18;
 
 impl Default for Options {
     fn default() -> Self {
@@ -90,6 +94,11 @@ pub(super) struct XattrBlock {
 ///
 /// What ext4 cannot hold, with the path of the inode it is about.
 pub fn plan(tree: &Tree, options: &Options) -> Result<Plan> {
+    if !(1..=ALIGN_MAX).contains(&options.data_align_blocks) {
+        let reason =
+            format!("data can't be aligned to {} blocks: 1 to {ALIGN_MAX} are possible", options.data_align_blocks);
+        return Err(Error::invalid("ext4 options", reason));
+    }
     let Walk { order, links, parents } = walk(tree)?;
     let names = Names::from_seed(&options.seed);
     let mut places: Vec<Place> = links

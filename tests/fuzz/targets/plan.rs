@@ -47,7 +47,8 @@ impl Input<'_> {
                 let mut at = 0u32;
                 let segments = (0..self.byte() % 20)
                     .map(|_| {
-                        let segment = Segment { file_block: at.wrapping_add(self.number()), blocks: self.number() % 100_000 };
+                        let segment =
+                            Segment { file_block: at.wrapping_add(self.number()), blocks: self.number() % 100_000 };
                         at = segment.file_block.wrapping_add(segment.blocks);
                         segment
                     })
@@ -86,8 +87,7 @@ fuzz_target!(|input: &[u8]| {
     if input.byte() % 4 == 0 {
         options.size = Some(u64::from(input.word()) << (input.byte() % 5));
     }
-    // Callers align to chunks, of at most 256 blocks.
-    options.data_align_blocks = input.number() % 1024;
+    options.data_align_blocks = input.number().wrapping_add(1);
     while !input.0.is_empty() && tree.len() < 500 {
         let any = |input: &mut Input<'_>, tree: &Tree| InodeId(input.word() % (tree.len() as u32 + 1));
         match input.byte() % 8 {
@@ -124,7 +124,9 @@ fuzz_target!(|input: &[u8]| {
     // Data follow each other without a gap.
     let mut places = Vec::new();
     for id in (0..tree.len() as u32).map(InodeId) {
-        if let (Some(start), Some(Inode { kind: Kind::File { segments, .. }, .. })) = (plan.data_start(id), tree.get(id)) {
+        if let (Some(start), Some(Inode { kind: Kind::File { segments, .. }, .. })) =
+            (plan.data_start(id), tree.get(id))
+        {
             places.push((start, segments.iter().map(|segment| segment.blocks).sum::<u32>()));
         }
     }
