@@ -70,6 +70,7 @@ fuzz_target!(|input: &[u8]| {
         layer.extend_from_slice(&header);
         layer.resize((layer.len() + data).next_multiple_of(512), decision);
     }
-    let limits = Limits { plain_bytes: 16 << 20, entries: 1000, name_bytes: 1 << 20, depth: 50, layers: 6, ..Limits::default() };
+    let limits =
+        Limits { plain_bytes: 16 << 20, entries: 1000, name_bytes: 1 << 20, depth: 50, layers: 6, ..Limits::default() };
     let _ = flatten(layers, &limits);
 });
