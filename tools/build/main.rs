@@ -48,24 +48,8 @@ struct OptimizeArgs {
     /// The platform whose start it is; otherwise this machine's.
     #[arg(long, value_name = "OS/ARCH")]
     platform: Option<Platform>,
-    /// Directory of everything durable; its settings hold here as well.
-    #[arg(long, value_name = "DIR", hide = true)]
-    root: Option<PathBuf>,
-    /// Configuration file [default: /etc/firstread/config.toml, if it exists]
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Directory for temporary files; they need about the size of what is hot twice.
-    #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/tmp")]
-    temp: PathBuf,
-    /// Speak http with all registries, not with those on loopback only.
-    #[arg(long)]
-    plain_http: bool,
-    /// Print the result as one JSON document.
-    #[arg(long)]
-    json: bool,
-    /// Show no progress.
-    #[arg(long)]
-    quiet: bool,
+    #[command(flatten)]
+    common: Common,
 }
 
 #[derive(Args)]
@@ -81,8 +65,8 @@ struct BuildArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
     /// Size of the device, with room to grow when it is attached writable (bytes, or with K, M, G, T).
-    #[arg(long, value_parser = parse_size)]
-    size: Option<u64>,
+    #[arg(long)]
+    size: Option<Size>,
     /// An earlier firstread image whose packs may be listed again (repeatable).
     #[arg(long, value_name = "REF")]
     reuse: Vec<Reference>,
@@ -106,15 +90,22 @@ struct BuildArgs {
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
     /// Most bytes that stay in the build cache; what was used least recently goes [default: 10G]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    cache_limit: Option<u64>,
+    #[arg(long, value_name = "SIZE")]
+    cache_limit: Option<Size>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What every verb takes.
+#[derive(Args)]
+struct Common {
     /// Directory of everything durable [default: /var/lib/firstread]
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
     /// Configuration file [default: /etc/firstread/config.toml, if it exists]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Directory for temporary files; they need about the size of the result twice.
+    /// Directory for temporary files; they need about the size of what is stored, and again for a registry.
     #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/tmp")]
     temp: PathBuf,
     /// Speak http with all registries, not with those on loopback only.
@@ -128,19 +119,36 @@ struct BuildArgs {
     quiet: bool,
 }
 
-/// A number of bytes, with a binary suffix.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let upper = text.trim().to_ascii_uppercase();
-    let upper = upper.trim_end_matches("IB").trim_end_matches('B');
-    let (digits, shift) = match upper.as_bytes().last() {
-        Some(b'K') => (upper.trim_end_matches('K'), 10),
-        Some(b'M') => (upper.trim_end_matches('M'), 20),
-        Some(b'G') => (upper.trim_end_matches('G'), 30),
-        Some(b'T') => (upper.trim_end_matches('T'), 40),
-        _ => (upper, 0),
-    };
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size such as 64G"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+impl Common {
+    /// The settings, and what the flags say in their place.
+    fn settings(&self) -> anyhow::Result<Config> {
+        let flags = Layer { root: self.root.clone(), ..Layer::default() };
+        config::load(flags, self.config.as_deref()).map_err(|problem| anyhow::anyhow!("{problem}"))
+    }
+
+    /// Where progress is shown.
+    fn progress(&self) -> Arc<dyn Progress> {
+        if self.quiet {
+            Arc::new(Silent)
+        } else if std::io::stderr().is_terminal() {
+            Arc::new(show::Bar::new())
+        } else {
+            Arc::new(show::Lines::default())
+        }
+    }
+
+    fn print(&self, report: &Report, destination: &Reference) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        if self.json {
+            serde_json::to_writer(&mut out, report)?;
+            writeln!(out)?;
+        } else if self.quiet {
+            writeln!(out, "{}", report.digest)?;
+        } else {
+            writeln!(out, "{}", show::table(report, destination).trim_fmt())?;
+        }
+        Ok(())
+    }
 }
 
 fn main() -> ExitCode {
@@ -164,7 +172,7 @@ fn main() -> ExitCode {
 }
 
 /// Most bytes that stay in the build cache when nobody says otherwise.
-const CACHE_LIMIT: u64 = 10 << 30;
+const CACHE_LIMIT: Size = Size(10 << 30);
 
 /// The build cache: by flags, else by settings, else where the user may write.
 fn cache(args: &BuildArgs, config: &Config) -> Option<CacheSettings> {
@@ -173,14 +181,14 @@ fn cache(args: &BuildArgs, config: &Config) -> Option<CacheSettings> {
     }
     let named = args.cache.clone().or_else(|| config.build.cache.clone());
     let dir = named.or_else(|| {
-        if args.root.is_some() || rustix::process::geteuid().is_root() {
+        if args.common.root.is_some() || rustix::process::geteuid().is_root() {
             return Some(config.root.join("build-cache"));
         }
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let user = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;
         Some(user.join("firstread/build"))
     })?;
-    let limit = args.cache_limit.or(config.build.cache_limit.map(|Size(bytes)| bytes)).unwrap_or(CACHE_LIMIT);
+    let Size(limit) = args.cache_limit.or(config.build.cache_limit).unwrap_or(CACHE_LIMIT);
     Some(CacheSettings { dir, limit })
 }
 
@@ -203,39 +211,35 @@ fn limits(settings: &BuildLimits) -> Limits {
 }
 
 fn run(args: BuildArgs) -> anyhow::Result<()> {
-    let flags = Layer { root: args.root.clone(), ..Layer::default() };
-    let config = config::load(flags, args.config.as_deref()).map_err(|problem| anyhow::anyhow!("{problem}"))?;
+    let config = args.common.settings()?;
     let cache = cache(&args, &config);
+    let common = args.common;
     let mut request = Request::new(args.source, args.destination);
     request.level = args.level;
-    request.size = args.size;
+    request.size = args.size.map(|Size(bytes)| bytes);
     request.reuse = args.reuse;
     request.platforms = args.platform;
-    request.temp = args.temp;
+    request.temp = common.temp.clone();
     request.source_date = args.source_date;
     request.tree = if args.verity { Tree::Verity } else { Tree::None };
     request.cache = cache;
     request.profile = args.profile.as_deref().map(profile).transpose()?.map(Arc::new);
     request.limits = limits(&config.build.limit);
-    request.access.plain_http = args.plain_http || config.plain_http;
-    let progress = shown(args.quiet);
-    let report = build(&request, &progress)?;
-    drop(progress);
-    print(&report, &request.destination, args.json, args.quiet)
+    request.access.plain_http = common.plain_http || config.plain_http;
+    let report = build(&request, &common.progress())?;
+    common.print(&report, &request.destination)
 }
 
 fn run_optimize(args: OptimizeArgs) -> anyhow::Result<()> {
-    let flags = Layer { root: args.root, ..Layer::default() };
-    let config = config::load(flags, args.config.as_deref()).map_err(|problem| anyhow::anyhow!("{problem}"))?;
+    let common = args.common;
+    let config = common.settings()?;
     let mut request = OptimizeRequest::new(args.source, args.destination, profile(&args.profile)?);
     request.level = args.level;
     request.platform = args.platform.unwrap_or(request.platform);
-    request.temp = args.temp;
-    request.access.plain_http = args.plain_http || config.plain_http;
-    let progress = shown(args.quiet);
-    let report = optimize(&request, &progress)?;
-    drop(progress);
-    print(&report, &request.destination, args.json, args.quiet)
+    request.temp = common.temp.clone();
+    request.access.plain_http = common.plain_http || config.plain_http;
+    let report = optimize(&request, &common.progress())?;
+    common.print(&report, &request.destination)
 }
 
 /// Reads a profile from a file.
@@ -246,42 +250,4 @@ fn profile(path: &Path) -> anyhow::Result<Profile> {
         Ok(Profile::from_text(&std::fs::read_to_string(path)?)?)
     };
     read().map_err(|error| anyhow::anyhow!("the profile {}: {error}", path.display()))
-}
-
-/// Where progress is shown.
-fn shown(quiet: bool) -> Arc<dyn Progress> {
-    if quiet {
-        Arc::new(Silent)
-    } else if std::io::stderr().is_terminal() {
-        Arc::new(show::Bar::new())
-    } else {
-        Arc::new(show::Lines::default())
-    }
-}
-
-fn print(report: &Report, destination: &Reference, json: bool, quiet: bool) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    if json {
-        serde_json::to_writer(&mut out, report)?;
-        writeln!(out)?;
-    } else if quiet {
-        writeln!(out, "{}", report.digest)?;
-    } else {
-        writeln!(out, "{}", show::table(report, destination).trim_fmt())?;
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_have_binary_suffixes() {
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert_eq!(parse_size("64G"), Ok(64 << 30));
-        assert_eq!(parse_size("1gib"), Ok(1 << 30));
-        assert!(parse_size("G").is_err());
-        assert!(parse_size("99999999999T").is_err());
-    }
 }
