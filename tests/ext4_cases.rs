@@ -274,7 +274,7 @@ fn more_than_65_000_links_are_an_error_that_names_the_file() {
         tree.link(root, number.to_string().as_bytes(), id).unwrap();
     }
     let error = plan(&tree, &Options::default()).unwrap_err().to_string();
-    assert!(error.contains("65001 links"), "{error}");
+    assert!(error.contains("65001 links") && error.starts_with("invalid file system: /first"), "{error}");
 }
 
 #[test]
@@ -285,6 +285,24 @@ fn xattrs_beyond_a_block_are_an_error_that_names_the_file() {
     put(&mut tree, deep, "file", Inode { xattrs: xattrs(&[(b"user.big", &[1; 4096])]), ..file(1) });
     let error = plan(&tree, &Options::default()).unwrap_err().to_string();
     assert!(error.contains("/deep/file"), "{error}");
+}
+
+#[test]
+fn xattr_names_outside_ascii() {
+    let mut tree = Tree::new(dir());
+    let root = tree.root();
+    let name = b"user.\xc3\xa9\xff\x80\x01";
+    // In the inode, and in a block of its own.
+    for (file_name, value) in [("small", vec![7; 10]), ("large", vec![7; 1000])] {
+        put(&mut tree, root, file_name, Inode { xattrs: xattrs(&[(name, &value)]), ..file(0) });
+    }
+    let checked = check(&tree, &Options::default());
+    let mounted = mount(&checked);
+    for (file_name, len) in [("small", 10), ("large", 1000)] {
+        let mut value = vec![0; 2000];
+        let path = mounted.dir().join(file_name);
+        assert_eq!(rustix::fs::lgetxattr(&path, &name[..], value.as_mut_slice()), Ok(len));
+    }
 }
 
 #[test]
