@@ -95,7 +95,9 @@ impl<W: Write> Out<W> {
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.hasher.update(bytes);
         self.bytes += bytes.len() as u64;
-        self.out.write_all(bytes).map_err(|error| Error::io("writing a pack (--temp or TMPDIR says where)", error))
+        self.out
+            .write_all(bytes)
+            .map_err(|error| Error::io("writing a pack (to the layout, or where --temp or TMPDIR says)", error))
     }
 }
 
