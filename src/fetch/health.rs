@@ -104,6 +104,9 @@ impl Health {
 
     /// A request to source `number` failed at `now`. It is left alone for at least `pauses.0` and at most `pauses.1`.
     pub(super) fn failed(&self, number: usize, error: &Error, pauses: (Duration, Duration), now: Instant) {
+        if is_ours(error) {
+            return;
+        }
         let mut state = self.state.lock();
         self.troubled.store(true, Ordering::Release);
         state.last_error = Some((SystemTime::now(), error.clone()));
@@ -174,6 +177,9 @@ impl Health {
 
     /// No source can be reached since `since`.
     pub(super) fn waiting(&self, since: Instant, error: &Error) {
+        if is_ours(error) {
+            return;
+        }
         let mut state = self.state.lock();
         self.troubled.store(true, Ordering::Release);
         let first = state.waiting.is_none();
@@ -197,6 +203,11 @@ impl Health {
             sources: self.names.iter().zip(&state.sources).map(source).collect(),
         }
     }
+}
+
+/// Whether a request failed since this program ends, which says nothing of any source.
+fn is_ours(error: &Error) -> bool {
+    matches!(error, Error::Stopping(_))
 }
 
 #[cfg(test)]
@@ -229,5 +240,21 @@ mod tests {
         assert!(report.last_error.unwrap().1.to_string().contains("reset"));
         health.failed(0, &error, PAUSES, now);
         assert_eq!(health.order(now + PAUSES.0), [0, 1], "the first pause is short again");
+    }
+
+    #[test]
+    fn the_end_of_the_program_is_no_outage() {
+        let health = Health::new(vec!["a".into()]);
+        let now = Instant::now();
+        let quiet = || {
+            let report = health.report();
+            report.waiting_since.is_none() && report.last_error.is_none() && report.sources[0].failing_since.is_none()
+        };
+        let stopping = Error::Stopping("the program".into());
+        health.failed(0, &stopping, PAUSES, now);
+        health.waiting(now, &stopping);
+        assert!(quiet() && health.usable(0, now), "{:?}", health.report());
+        health.failed(0, &Error::unreachable("a", "reset"), PAUSES, now);
+        assert!(!quiet());
     }
 }
