@@ -1,5 +1,6 @@
 //! Opening: from what is on disk to the index in memory. Everything found is unchecked until it is read.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -24,6 +25,8 @@ struct Present {
     slot: u32,
     /// Length of its file.
     len: u64,
+    /// First byte, and first record of the table, behind all that any record names, whether it is there or not.
+    announced: Cell<(u64, u32)>,
 }
 
 /// The slabs found, by number.
@@ -44,7 +47,7 @@ impl Pool {
             match Slab::open(&*dir, number).and_then(|slab| Ok((slab.len().map_err(Unusable::Io)?, Arc::new(slab)))) {
                 Ok((len, slab)) => {
                     let slot = shards.add_slab(&slab);
-                    slabs.insert(number, Present { slab, slot, len });
+                    slabs.insert(number, Present { slab, slot, len, announced: Cell::default() });
                 }
                 Err(reason) => tracing::warn!(
                     pool = name, file = slab::name(number), %reason,
@@ -128,6 +131,8 @@ fn recover(dir: &dyn MediaDir, name: &str, slabs: &Slabs, shards: &Shards) -> (O
 
 fn replay(record: &Record, slabs: &Slabs, shards: &Shards) {
     let Some(present) = slabs.get(&record.slab) else { return };
+    let (end, row) = present.announced.get();
+    present.announced.set((end.max(record.end()), row.max(record.row)));
     match record.kind {
         Kind::Drop => {
             shards.remove(&record.digest, present.slot, record.block);
@@ -145,11 +150,13 @@ fn replay(record: &Record, slabs: &Slabs, shards: &Shards) {
     }
 }
 
-/// The slab to go on with: behind everything that is in it or was announced for it.
+/// The slab to go on with: behind everything that is in it or was announced for it. A record whose chunk a crash took names
+/// its place for ever.
 fn continued(present: &Present) -> Option<OpenSlab> {
-    let Present { slab, slot, len } = present;
-    let mut next = len.checked_next_multiple_of(ALIGN)?.max(slab.data_start());
-    let next_record = slab.table(|record| next = next.max(record.end())).ok()?;
+    let Present { slab, slot, len, announced } = present;
+    let (end, row) = announced.get();
+    let mut next = len.checked_next_multiple_of(ALIGN)?.max(slab.data_start()).max(end);
+    let next_record = slab.table(|record| next = next.max(record.end())).ok()?.max(row);
     Some(OpenSlab { slab: Arc::clone(slab), slot: *slot, next, next_record })
 }
 
