@@ -1,6 +1,8 @@
 //! The pool's bound on real files: limits, nearly full disks, pins, readers beside the eviction, hit rates.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/pooled.rs"]
+mod pooled;
 #[path = "common/random.rs"]
 mod random;
 
@@ -9,11 +11,11 @@ use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use firstread::Digest;
-use firstread::chunk::{Verified, verify};
-use firstread::pool::{Admission, Amount, Lookup, Pool, PoolOptions};
+use firstread::chunk::Verified;
+use firstread::pool::{Admission, Amount, Lookup, Pool, PoolOptions, Ticket};
+use pooled::{chunk, hit, options};
 use random::Random;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tempfile::TempDir;
@@ -21,21 +23,17 @@ use tempfile::TempDir;
 const MIB: u64 = 1 << 20;
 
 fn bounded(limit: u64) -> PoolOptions {
-    PoolOptions { limit: Some(Amount::Bytes(limit)), slab_bytes: 2 * MIB, ..PoolOptions::default() }
+    PoolOptions { limit: Some(Amount::Bytes(limit)), ..options() }
 }
 
-fn chunk(random: &mut Random, len: usize) -> Verified {
-    let bytes = random.bytes(len);
-    verify(&Digest::of(&bytes), bytes).unwrap()
-}
-
-/// True for a hit; panics on a wrong byte.
-fn hit(pool: &Pool, chunk: &Verified) -> bool {
+/// As [`hit`], by the ticket if it is good, which is what is returned; otherwise it is noted.
+fn hit_by_ticket(pool: &Pool, chunk: &Verified, ticket: &Ticket) -> bool {
     let skip = chunk.bytes().len() / 5;
     let mut buf = vec![0; chunk.bytes().len() - skip];
-    let lookup = pool.read(chunk.digest(), skip as u32, &mut buf);
-    assert!(lookup == Lookup::Miss || buf == chunk.bytes()[skip..], "wrong bytes");
-    lookup == Lookup::Hit
+    let known = pool.read_known(ticket, skip as u32, &mut buf);
+    let hit = known || pool.read_noting(chunk.digest(), skip as u32, &mut buf, ticket) == Lookup::Hit;
+    assert!(!hit || buf == chunk.bytes()[skip..], "wrong bytes");
+    known
 }
 
 /// Bytes that the files of a directory take on the disk.
@@ -162,13 +160,17 @@ fn readers_beside_the_eviction_get_right_bytes_or_a_miss() {
     let pool = Pool::open(dir.path(), &bounded(4 * MIB)).unwrap();
     let mut random = Random(5);
     let all: Vec<_> = (0..120).map(|_| chunk(&mut random, 70_000)).collect();
-    let (all, pool, done) = (&all, &pool, &AtomicBool::new(false));
+    let tickets: Vec<Ticket> = all.iter().map(|_| Ticket::default()).collect();
+    let (all, tickets, pool, done) = (&all, &tickets, &pool, &AtomicBool::new(false));
+    let known = &AtomicU64::new(0);
     std::thread::scope(|scope| {
         for seed in 0..3 {
             scope.spawn(move || {
                 let mut random = Random(100 + seed);
                 while !done.load(Ordering::Relaxed) {
-                    hit(pool, &all[random.below(all.len() as u64) as usize]);
+                    let number = random.below(all.len() as u64) as usize;
+                    let by_ticket = hit_by_ticket(pool, &all[number], &tickets[number]);
+                    known.fetch_add(u64::from(by_ticket), Ordering::Relaxed);
                 }
             });
         }
@@ -189,7 +191,47 @@ fn readers_beside_the_eviction_get_right_bytes_or_a_miss() {
     });
     let stat = pool.stat();
     assert!(stat.evicted > 1000 && stat.hits > 100, "{stat:?}");
+    assert!(known.load(Ordering::Relaxed) > 100, "{known:?} hits by ticket");
     assert_eq!(stat.quarantined, 0);
+}
+
+#[test]
+fn a_ticket_is_good_until_its_chunk_goes_and_counts_as_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::open(dir.path(), &bounded(4 * MIB)).unwrap();
+    let mut random = Random(7);
+    let (hot, cold) = (chunk(&mut random, 50_000), chunk(&mut random, 50_000));
+    let (hot_ticket, cold_ticket) = (Ticket::default(), Ticket::default());
+    assert_eq!((pool.admit(&hot), pool.admit(&cold)), (Admission::Kept, Admission::Kept));
+    for (chunk, ticket) in [(&hot, &hot_ticket), (&cold, &cold_ticket)] {
+        assert!(!hit_by_ticket(&pool, chunk, ticket) && hit_by_ticket(&pool, chunk, ticket));
+        assert!(!pool.read_known(ticket, 49_999, &mut [0; 2]) && !pool.read_known(ticket, u32::MAX, &mut [0; 2]));
+    }
+    // Several times as much as fits.
+    let (mut by_ticket, mut gone) = (0, false);
+    for _ in 0..200 {
+        pool.admit(&chunk(&mut random, 100_000));
+        by_ticket += usize::from(hit_by_ticket(&pool, &hot, &hot_ticket));
+        assert!(pool.contains(hot.digest()), "evicted though it is read all the time");
+        if !gone && !pool.contains(cold.digest()) {
+            gone = true;
+            assert!(!pool.read_known(&cold_ticket, 0, &mut [0; 10]), "it was evicted; its slab is still there");
+        }
+    }
+    // Now and then it is moved, out of a slab that is nearly empty.
+    assert!((150..200).contains(&by_ticket), "{by_ticket}");
+    assert!(gone && !pool.read_known(&cold_ticket, 0, &mut [0; 10]));
+    assert_eq!(pool.admit(&cold), Admission::Kept);
+    assert!(!pool.read_known(&cold_ticket, 0, &mut [0; 10]), "it is in another place");
+    assert!(!hit_by_ticket(&pool, &cold, &cold_ticket) && hit_by_ticket(&pool, &cold, &cold_ticket));
+    let stat = pool.stat();
+    // The first two reads of each chunk, those in the loop, and the last two.
+    assert_eq!((stat.hits, stat.misses), (2 * 2 + 200 + 2, 0));
+    drop(pool);
+    let pool = Pool::open(dir.path(), &bounded(4 * MIB)).unwrap();
+    let ticket = Ticket::default();
+    assert!(!hit_by_ticket(&pool, &hot, &ticket) && !hit_by_ticket(&pool, &hot, &ticket), "noted after its check only");
+    assert!(hit_by_ticket(&pool, &hot, &ticket));
 }
 
 /// Least recently used, exactly.

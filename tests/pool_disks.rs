@@ -3,6 +3,8 @@
 
 #[path = "common/events.rs"]
 mod events;
+#[path = "common/pooled.rs"]
+mod pooled;
 #[path = "common/random.rs"]
 mod random;
 
@@ -13,9 +15,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use events::events;
-use firstread::Digest;
-use firstread::chunk::{Verified, verify};
-use firstread::pool::{Admission, Amount, Examined, Lookup, Pool, PoolOptions, Scrubbed};
+use firstread::chunk::Verified;
+use firstread::pool::{Admission, Amount, Examined, Pool, PoolOptions, Scrubbed};
+use pooled::{chunks, hits, kept, options};
 use random::Random;
 use tempfile::TempDir;
 
@@ -107,38 +109,9 @@ impl Drop for Disk {
     }
 }
 
-fn options() -> PoolOptions {
-    PoolOptions { slab_bytes: 2 * MIB, ..PoolOptions::default() }
-}
-
 fn open(dir: &Path, options: &PoolOptions) -> Pool {
     events::collect_events();
     Pool::open(dir, options).unwrap()
-}
-
-fn chunks(seed: u64, count: usize, len: usize) -> Vec<Verified> {
-    let mut random = Random(seed);
-    let chunk = |_| {
-        let bytes = random.bytes(len);
-        verify(&Digest::of(&bytes), bytes).unwrap()
-    };
-    (0..count).map(chunk).collect()
-}
-
-/// How many of `chunks` are hits; panics on a wrong byte.
-fn hits(pool: &Pool, chunks: &[Verified]) -> usize {
-    let hit = |chunk: &&Verified| {
-        let skip = chunk.bytes().len() / 5;
-        let mut buf = vec![0; chunk.bytes().len() - skip];
-        let lookup = pool.read(chunk.digest(), skip as u32, &mut buf);
-        assert!(lookup == Lookup::Miss || buf == chunk.bytes()[skip..], "wrong bytes");
-        lookup == Lookup::Hit
-    };
-    chunks.iter().filter(hit).count()
-}
-
-fn kept(pool: &Pool, chunks: &[Verified]) -> usize {
-    chunks.iter().filter(|chunk| pool.admit(chunk) == Admission::Kept).count()
 }
 
 #[test]

@@ -5,6 +5,8 @@
 mod crash;
 #[path = "common/events.rs"]
 mod events;
+#[path = "common/pooled.rs"]
+mod pooled;
 #[path = "common/random.rs"]
 mod random;
 
@@ -13,33 +15,21 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 
 use crash::CrashDisk;
 use events::{collect_events, events};
-use firstread::chunk::{Verified, verify};
-use firstread::pool::{Admission, Lookup, Pool, PoolOptions};
-use firstread::{Digest, Error};
+use firstread::Error;
+use firstread::chunk::Verified;
+use firstread::pool::{Admission, Lookup, Pool, Ticket};
+use pooled::{chunks, hits, kept, options};
 use random::Random;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use tempfile::TempDir;
 
-fn options() -> PoolOptions {
-    PoolOptions { slab_bytes: 2 << 20, ..PoolOptions::default() }
-}
-
 fn open(dir: &Path) -> Pool {
     collect_events();
     Pool::open(dir, &options()).unwrap()
-}
-
-fn chunks(count: usize, len: usize) -> Vec<Verified> {
-    let mut random = Random(count as u64);
-    let chunk = |_| {
-        let bytes = random.bytes(len);
-        verify(&Digest::of(&bytes), bytes).unwrap()
-    };
-    (0..count).map(chunk).collect()
 }
 
 /// A directory with a closed pool that has `chunks`.
@@ -50,18 +40,6 @@ fn filled(chunks: &[Verified]) -> TempDir {
         assert_eq!(pool.admit(chunk), Admission::Kept);
     }
     dir
-}
-
-/// How many of `chunks` are hits; panics on a wrong byte.
-fn hits(pool: &Pool, chunks: &[Verified]) -> usize {
-    let hit = |chunk: &&Verified| {
-        let skip = chunk.bytes().len() / 5;
-        let mut buf = vec![0; chunk.bytes().len() - skip];
-        let lookup = pool.read(chunk.digest(), skip as u32, &mut buf);
-        assert!(lookup == Lookup::Miss || buf == chunk.bytes()[skip..], "wrong bytes");
-        lookup == Lookup::Hit
-    };
-    chunks.iter().filter(hit).count()
 }
 
 fn slabs(dir: &Path) -> Vec<PathBuf> {
@@ -106,8 +84,8 @@ impl Drop for Tmpfs {
 
 #[test]
 fn a_restart_keeps_everything() {
-    let mut all = chunks(40, 100_000);
-    all.extend(chunks(300, 9));
+    let mut all = chunks(40, 40, 100_000);
+    all.extend(chunks(300, 300, 9));
     let dir = filled(&all);
     assert!(slabs(dir.path()).len() > 2);
     let pool = open(dir.path());
@@ -125,7 +103,7 @@ fn a_restart_keeps_everything() {
 
 #[test]
 fn a_flipped_byte_is_found_on_the_first_reread_and_mended() {
-    let all = chunks(10, 100_000);
+    let all = chunks(10, 10, 100_000);
     let dir = filled(&all);
     let (slab, offset) = find(dir.path(), &all[4]);
     let slab = OpenOptions::new().write(true).open(slab).unwrap();
@@ -144,7 +122,7 @@ fn a_flipped_byte_is_found_on_the_first_reread_and_mended() {
 
 #[test]
 fn one_of_many_readers_checks_a_chunk() {
-    let all = chunks(1, 1 << 20);
+    let all = chunks(1, 1, 1 << 20);
     let disk = CrashDisk::new();
     let open = || Pool::open_on(disk.dir(), "under test", &options()).unwrap();
     open().admit(&all[0]);
@@ -164,15 +142,47 @@ fn one_of_many_readers_checks_a_chunk() {
 }
 
 #[test]
+fn a_chunk_that_goes_while_it_is_read_is_a_miss() {
+    let all = chunks(12, 12, 100_000);
+    for path in ["by ticket", "by digest", "not checked yet"] {
+        let disk = CrashDisk::new();
+        let open = || Arc::new(Pool::open_on(disk.dir(), "under test", &options()).unwrap());
+        let mut pool = open();
+        assert_eq!(kept(&pool, &all), 12);
+        if path == "not checked yet" {
+            drop(pool);
+            pool = open();
+        }
+        let (ticket, mut buf) = (Ticket::default(), vec![0; 5000]);
+        if path == "by ticket" {
+            assert_eq!(pool.read_noting(all[2].digest(), 7, &mut buf, &ticket), Lookup::Hit);
+        }
+        // The last slab stays, so that its file can still be read, and has holes.
+        let evicting = Arc::clone(&pool);
+        disk.before_read(move || assert!(evicting.trim(Some(0)) > 0));
+        let chunk = all.last().unwrap();
+        if path == "by ticket" {
+            assert!(pool.contains(all[2].digest()) && !pool.read_known(&ticket, 7, &mut buf));
+            assert!(!pool.contains(all[2].digest()), "it was evicted");
+        } else {
+            assert!(pool.contains(chunk.digest()));
+            assert_eq!(pool.read(chunk.digest(), 7, &mut buf), Lookup::Miss, "{path}");
+        }
+        assert_eq!((pool.stat().chunks, pool.stat().quarantined), (0, 0), "{path}");
+    }
+}
+
+#[test]
 fn without_its_journal_a_pool_is_rebuilt() {
-    let all = chunks(50, 70_000);
-    for damage in ["lost", "empty", "rubbish", "newer", "directory"] {
+    let all = chunks(50, 50, 70_000);
+    for damage in ["lost", "empty", "rubbish", "older", "newer", "directory"] {
         let dir = filled(&all);
         let journal = dir.path().join("journal");
         match damage {
             "lost" => fs::remove_file(&journal).unwrap(),
             "empty" => drop(File::create(&journal).unwrap()),
             "rubbish" => fs::write(&journal, Random(5).bytes(100_000)).unwrap(),
+            "older" => File::options().write(true).open(&journal).unwrap().write_all_at(&[0], 8).unwrap(),
             "newer" => File::options().write(true).open(&journal).unwrap().write_all_at(&[2], 8).unwrap(),
             _ => {
                 fs::remove_file(&journal).unwrap();
@@ -189,7 +199,7 @@ fn without_its_journal_a_pool_is_rebuilt() {
 
 #[test]
 fn a_torn_tail_of_the_journal_is_cut() {
-    let all = chunks(20, 5000);
+    let all = chunks(20, 20, 5000);
     let dir = filled(&all);
     let path = dir.path().join("journal");
     let journal = File::options().write(true).open(&path).unwrap();
@@ -207,8 +217,8 @@ fn a_torn_tail_of_the_journal_is_cut() {
 
 #[test]
 fn damaged_slabs_cost_only_what_was_in_them() {
-    let all = chunks(40, 200_000);
-    for damage in 0..6 {
+    let all = chunks(40, 40, 200_000);
+    for damage in 0..7 {
         let dir = filled(&all);
         let slab = slabs(dir.path()).swap_remove(1);
         let file = File::options().write(true).open(&slab).unwrap();
@@ -217,7 +227,9 @@ fn damaged_slabs_cost_only_what_was_in_them() {
             1 => file.set_len(100).unwrap(),
             2 => file.set_len(0).unwrap(),
             3 => fs::remove_file(&slab).unwrap(),
+            // Another version.
             4 => file.write_all_at(&[7], 8).unwrap(),
+            5 => file.write_all_at(&[0], 8).unwrap(),
             _ => file.write_all_at(&Random(9).bytes(1_900_000), 0).unwrap(),
         }
         let pool = open(dir.path());
@@ -233,7 +245,7 @@ fn damaged_slabs_cost_only_what_was_in_them() {
 
 #[test]
 fn a_slab_cut_while_it_is_read_is_a_miss() {
-    let all = chunks(20, 100_000);
+    let all = chunks(20, 20, 100_000);
     let dir = filled(&all);
     let pool = open(dir.path());
     assert_eq!(hits(&pool, &all), 20);
@@ -249,7 +261,7 @@ fn a_slab_cut_while_it_is_read_is_a_miss() {
 
 #[test]
 fn foreign_files_are_left_alone() {
-    let all = chunks(60, 100_000);
+    let all = chunks(60, 60, 100_000);
     let dir = filled(&all);
     let next = slabs(dir.path()).len();
     let foreign =
@@ -262,7 +274,7 @@ fn foreign_files_are_left_alone() {
     std::os::unix::fs::symlink("/dev/zero", dir.path().join("slab-00000ffd")).unwrap();
     let pool = open(dir.path());
     assert_eq!(hits(&pool, &all), 60);
-    let more = chunks(61, 100_000);
+    let more = chunks(61, 61, 100_000);
     assert!(more.iter().all(|chunk| pool.admit(chunk) == Admission::Kept));
     drop(pool);
     fs::remove_file(dir.path().join("journal")).unwrap();
@@ -275,7 +287,7 @@ fn foreign_files_are_left_alone() {
 
 #[test]
 fn chunks_from_many_threads_are_kept_once() {
-    let all = chunks(200, 20_000);
+    let all = chunks(200, 200, 20_000);
     let dir = tempfile::tempdir().unwrap();
     let pool = open(dir.path());
     std::thread::scope(|scope| {
@@ -331,13 +343,13 @@ fn a_second_owner_is_told_who_is_the_first() {
 #[test]
 fn a_full_disk_is_one_event_and_no_error() {
     let disk = Tmpfs::new("5m");
-    let all = chunks(40, 250_000);
+    let all = chunks(40, 40, 250_000);
     let pool = open(disk.path());
     let mut kept = 0;
     let while_full = events(|| {
         kept = all.iter().filter(|chunk| pool.admit(chunk) == Admission::Kept).count();
         // Small chunks may fit still; that is not a recovery.
-        assert_eq!(pool.admit(&chunks(1, 10)[0]), Admission::Kept);
+        assert_eq!(pool.admit(&chunks(1, 1, 10)[0]), Admission::Kept);
         assert_eq!(pool.admit(&all[39]), Admission::NotKept);
     });
     assert!((15..22).contains(&kept), "{kept}");
@@ -360,7 +372,7 @@ fn a_full_disk_is_one_event_and_no_error() {
 #[test]
 fn a_disk_with_room_again_is_used_again() {
     let disk = Tmpfs::new("6m");
-    let all = chunks(40, 250_000);
+    let all = chunks(40, 40, 250_000);
     let pool = open(disk.path());
     fs::write(disk.path().join("somebody's"), vec![1; 5 << 20]).unwrap();
     let events = events(|| {
@@ -383,7 +395,7 @@ fn a_full_disk_does_not_keep_a_pool_from_opening() {
     let disk = Tmpfs::new("64k");
     fs::write(disk.path().join("somebody's"), vec![1; 60 << 10]).unwrap();
     let _ = fs::write(disk.path().join("more"), vec![1; 8 << 10]);
-    let all = chunks(3, 10_000);
+    let all = chunks(3, 3, 10_000);
     let pool = open(disk.path());
     assert!(all.iter().all(|chunk| pool.admit(chunk) == Admission::NotKept));
     fs::remove_file(disk.path().join("somebody's")).unwrap();
@@ -395,7 +407,7 @@ fn a_full_disk_does_not_keep_a_pool_from_opening() {
 #[test]
 fn a_read_only_disk_is_read() {
     let disk = Tmpfs::new("20m");
-    let all = chunks(20, 250_000);
+    let all = chunks(20, 20, 250_000);
     let pool = open(disk.path());
     for chunk in &all[..10] {
         pool.admit(chunk);
@@ -415,7 +427,7 @@ fn a_read_only_disk_is_read() {
 #[test]
 fn a_dead_disk_is_all_misses() {
     let disk = CrashDisk::new();
-    let all = chunks(30, 100_000);
+    let all = chunks(30, 30, 100_000);
     collect_events();
     let pool = Pool::open_on(disk.dir(), "under test", &options()).unwrap();
     for chunk in &all[..20] {

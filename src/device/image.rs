@@ -13,12 +13,15 @@ use crate::chunk::{CHUNK_MAX, ChunkRef};
 use crate::error::{Error, Result};
 use crate::fetch::{Fetcher, Filling, Origin, Prefetch, Priority};
 use crate::map::{Map, Piece};
-use crate::pool::{Lookup, Pool};
+use crate::pool::{Lookup, Pool, Ticket};
 use crate::profile::Touch;
 
 /// Plain bytes that one request of a device waits for at a time: bounds the memory of a read however many chunks it
 /// touches.
 const BATCH_BYTES: u64 = 16 * CHUNK_MAX as u64;
+
+/// Most tickets, 8 bytes each: those of 256 GiB in chunks of the usual size.
+const MAX_TICKETS: u32 = 1 << 20;
 
 /// Pieces that one question for residence looks at.
 const RESIDENCE_PIECES: usize = 1 << 16;
@@ -29,6 +32,8 @@ pub struct ImageDevice {
     origin: Arc<Origin>,
     fetcher: Arc<Fetcher>,
     pool: Arc<Pool>,
+    /// By number of the chunk; what is behind their end is looked up each time.
+    tickets: Box<[Ticket]>,
     touches: Touches,
     waits: Waits,
     /// Ends with the device.
@@ -79,11 +84,13 @@ impl ImageDevice {
     pub fn new(map: Map, origin: Arc<Origin>, fetcher: Arc<Fetcher>, pool: Arc<Pool>) -> Arc<Self> {
         let touches = Touches::new(map.index().device_bytes());
         let waits = Waits::default();
+        let tickets = (0..map.index().chunk_count().min(MAX_TICKETS)).map(|_| Ticket::default()).collect();
         Arc::new(Self {
             map,
             origin,
             fetcher,
             pool,
+            tickets,
             touches,
             waits,
             filling: OnceLock::new(),
@@ -161,6 +168,16 @@ impl ImageDevice {
         self.map.index().chunk(number).ok_or_else(|| Error::invalid("index", format!("it has no chunk {number}")))
     }
 
+    /// Reads a piece of a chunk that the pool has.
+    fn read_chunk(&self, number: u32, skip: u32, part: &mut [u8]) -> Result<Lookup> {
+        let none = Ticket::default();
+        let ticket = self.tickets.get(number as usize).unwrap_or(&none);
+        if self.pool.read_known(ticket, skip, part) {
+            return Ok(Lookup::Hit);
+        }
+        Ok(self.pool.read_noting(&self.chunk(number)?.digest, skip, part, ticket))
+    }
+
     fn count(&self, counter: &AtomicU64, bytes: usize) {
         counter.fetch_add(1, Relaxed);
         self.counters.bytes.fetch_add(bytes as u64, Relaxed);
@@ -180,10 +197,9 @@ impl ImageDevice {
             match piece {
                 Piece::Zero { .. } => part.fill(0),
                 Piece::Chunk { chunk, skip, len } => {
-                    let reference = self.chunk(chunk)?;
-                    if self.pool.read(&reference.digest, skip, part) == Lookup::Miss {
+                    if self.read_chunk(chunk, skip, part)? == Lookup::Miss {
                         missing.push(Missing { chunk, skip: skip as usize, at, len: len as usize });
-                        bytes += u64::from(reference.plain_len);
+                        bytes += u64::from(self.chunk(chunk)?.plain_len);
                         waited = true;
                     }
                 }
@@ -256,7 +272,7 @@ impl Device for ImageDevice {
             match piece {
                 Piece::Zero { .. } => part.fill(0),
                 Piece::Chunk { chunk, skip, .. } => {
-                    if self.pool.read(&self.chunk(chunk)?.digest, skip, part) == Lookup::Miss {
+                    if self.read_chunk(chunk, skip, part)? == Lookup::Miss {
                         return Ok(Local::Missing);
                     }
                 }

@@ -1,7 +1,7 @@
 //! The pool's bound: how much it may take, and who has to go.
 //!
-//! A chunk is evicted in this order: out of the index, a record of the drop, the slab's epoch, the hole. Whoever read
-//! the place meanwhile finds the epoch changed and looks the chunk up again. A place is not used a second time: a slab
+//! A chunk is evicted in this order: out of the index, the mark of its place, a record of the drop, the hole. Whoever read
+//! the place meanwhile finds that the chunk is gone. A place is not used a second time: a slab
 //! is removed as a whole when nothing of it is left, and what is left of one that is nearly empty is copied to the open
 //! slab first. So a pool has at most about eight times the slabs that its chunks would fill.
 

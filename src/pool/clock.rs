@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use super::shards::{At, SHARDS, Shards};
 use super::slab::Slab;
-use super::table::Entry;
 use crate::chunk::Digest;
 
 /// Parts of a rotation.
@@ -43,7 +42,8 @@ impl Shards {
             while table.hand < end {
                 let hand = table.hand;
                 table.hand += 1;
-                if table.at(hand).is_none_or(Entry::take_used) {
+                let Some(entry) = table.at(hand) else { continue };
+                if self.slab(entry.slot).is_some_and(|slab| slab.take_used(entry.block)) {
                     continue;
                 }
                 if let Some((digest, at, slab)) = self.remove_at(&mut table, hand) {

@@ -2,18 +2,18 @@
 //!
 //! On disk: append-only slabs of plain chunks and a journal; FORMAT.md, beside this file, describes them, what is
 //! assumed about the medium, and why a crash can't lead to wrong bytes. In memory: digest to place, at most 70 bytes
-//! a chunk.
+//! a chunk, and marks of the places, 16 bytes for each 256 KiB of the slabs.
 //!
 //! Invariants:
 //!
 //! * A reader gets bytes that were verified since this start: when the chunk was admitted, or on its first read.
 //! * A chunk is in the index after its data is written.
-//! * No lock is held across I/O. A hit is a lookup under a shard's read lock and then one pread into the reader's
-//!   buffer.
+//! * No lock is held across I/O. A hit is one pread into the reader's buffer, after a lookup under a shard's read lock, or
+//!   after none for those who have a [`Ticket`].
 //! * Trouble with the disk is never the reader's: it is a miss, or a chunk that is not kept, and one event.
 //!
-//! * A place is given up after the index forgot it, and is never another chunk's. A reader that finds that places of
-//!   the slab were given up while it read asks the index again: right bytes, or a miss.
+//! * A place is given up after the index forgot it, and is never another chunk's. A reader asks the place after the read
+//!   whether the chunk is still there: right bytes, or a miss.
 //!
 //! Eviction (`bound`, `clock`) takes place in [`Pool::admit`], before room is taken for a chunk.
 
@@ -31,6 +31,8 @@ mod scrub;
 mod shards;
 mod slab;
 mod table;
+mod tally;
+mod ticket;
 
 use std::io;
 use std::path::Path;
@@ -43,6 +45,7 @@ pub use admit::Admission;
 pub use bound::Amount;
 pub use record::room;
 pub use scrub::{Scrub, Scrubbed};
+pub use ticket::Ticket;
 
 use crate::chunk::{Digest, Mismatch, Verified, verify};
 use crate::error::{Error, Result};
@@ -175,21 +178,48 @@ impl Pool {
     /// A chunk from before this start is read whole and checked on its first read; one that is not what it should be,
     /// or can't be read, is dropped and is a miss. So is a range that is not inside the chunk.
     pub fn read(&self, digest: &Digest, skip: u32, buf: &mut [u8]) -> Lookup {
+        self.read_noting(digest, skip, buf, &Ticket::default())
+    }
+
+    /// As [`read`](Self::read), and notes for [`read_known`](Self::read_known) where the chunk is.
+    pub fn read_noting(&self, digest: &Digest, skip: u32, buf: &mut [u8], ticket: &Ticket) -> Lookup {
+        if self.find_and_read(digest, skip, buf, ticket) {
+            self.shards.hits.add_one();
+            Lookup::Hit
+        } else {
+            self.shards.misses.add_one();
+            Lookup::Miss
+        }
+    }
+
+    /// Fills `buf` with the bytes from `skip` on of the chunk that the ticket was noted for, if it is still where it was,
+    /// which is a hit. False says nothing: [`read_noting`](Self::read_noting) finds out.
+    #[inline]
+    #[must_use]
+    pub fn read_known(&self, ticket: &Ticket, skip: u32, buf: &mut [u8]) -> bool {
+        let hit = self.shards.read_known(ticket, skip, buf);
+        if hit {
+            self.shards.hits.add_one();
+        }
+        hit
+    }
+
+    fn find_and_read(&self, digest: &Digest, skip: u32, buf: &mut [u8], ticket: &Ticket) -> bool {
         loop {
-            let Some(place) = self.shards.find(digest) else { break };
+            let Some(place) = self.shards.find(digest) else { return false };
             if u64::from(skip) + buf.len() as u64 > u64::from(place.len) {
-                break;
+                return false;
             }
             if place.trust == Trust::Checked {
                 match place.slab.read(place.offset() + u64::from(skip), buf) {
-                    Ok(()) if place.is_intact() || self.shards.is_at(digest, &place) => {
-                        self.shards.hit(&place);
-                        return Lookup::Hit;
+                    Ok(()) if place.slab.use_place(place.block) => {
+                        ticket.note(&place);
+                        return true;
                     }
                     Ok(()) => continue,
                     Err(error) => {
                         self.unreadable(digest, &place, &error);
-                        break;
+                        return false;
                     }
                 }
             }
@@ -197,14 +227,11 @@ impl Pool {
             if self.shards.find(digest).is_none_or(|place| place.trust == Trust::Checked) {
                 continue;
             }
-            let Some(chunk) = self.check(digest, &place) else { break };
-            let Some(bytes) = chunk.bytes().get(skip as usize..skip as usize + buf.len()) else { break };
+            let Some(chunk) = self.check(digest, &place) else { return false };
+            let Some(bytes) = chunk.bytes().get(skip as usize..skip as usize + buf.len()) else { return false };
             buf.copy_from_slice(bytes);
-            self.shards.hit(&place);
-            return Lookup::Hit;
+            return true;
         }
-        self.shards.miss(digest);
-        Lookup::Miss
     }
 
     /// The whole chunk, checked, if the pool has it. Counts neither as a hit nor as a miss.
@@ -330,13 +357,12 @@ impl Pool {
     /// What the pool has and did.
     #[must_use]
     pub fn stat(&self) -> PoolStat {
-        let (hits, misses) = self.shards.counts();
         PoolStat {
             bytes: self.shards.bytes(),
             limit: self.bound.limit,
             chunks: self.shards.chunks(),
-            hits,
-            misses,
+            hits: self.shards.hits.sum(),
+            misses: self.shards.misses.sum(),
             evicted: self.bound.evicted.load(Relaxed),
             quarantined: self.quarantined.load(Relaxed),
             unreadable: self.lost.unreadable(),

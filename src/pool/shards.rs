@@ -1,4 +1,4 @@
-//! The pool's index in memory: digest to place, in shards so that readers rarely meet.
+//! The pool's index in memory: digest to place, in shards so that readers rarely meet. Who has a [`Ticket`] needs it not.
 //!
 //! A chunk takes an entry of 48 bytes in a vector that grows by an eighth, and a 5-byte slot in a hash table that
 //! is 7/16 to 7/8 full (`table`): 54 to 66 bytes. The entries are dense, so that the eviction's hand (`clock`) can walk
@@ -10,13 +10,16 @@ use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use arc_swap::ArcSwap;
 use parking_lot::{Mutex, RwLock};
 
 use super::clock::Clock;
 use super::pins::Pins;
 use super::record::{ALIGN, Kind, Record, room};
 use super::slab::Slab;
-use super::table::{Entry, Held, Table};
+use super::table::{Entry, Table};
+use super::tally::Tally;
+use super::ticket::Ticket;
 use crate::chunk::Digest;
 
 pub(super) const SHARDS: usize = 64;
@@ -32,14 +35,37 @@ pub(super) enum Trust {
 
 /// Where a chunk is. Holding it keeps the slab's file open, and its places from being given to other chunks.
 pub(super) struct Place {
-    pub slab: Arc<Held>,
+    pub slab: Arc<Slab>,
     pub slot: u32,
     pub block: u32,
     pub len: u32,
     pub trust: Trust,
-    epoch: u32,
-    /// Number of the shard that the chunk is in.
-    shard: u32,
+}
+
+/// The slabs of the index, never changed but replaced as a whole.
+#[derive(Default)]
+struct Slabs {
+    /// By slot. `None`: the slab was removed.
+    slots: Vec<Option<Arc<Slab>>>,
+    /// In the order of their numbers.
+    numbers: Vec<(u32, Arc<Slab>)>,
+}
+
+impl Slabs {
+    fn new(slots: Vec<Option<Arc<Slab>>>) -> Self {
+        let mut numbers: Vec<_> = slots.iter().flatten().map(|slab| (slab.number, Arc::clone(slab))).collect();
+        numbers.sort_unstable_by_key(|(number, _)| *number);
+        Self { slots, numbers }
+    }
+
+    fn at(&self, slot: u32) -> Option<&Arc<Slab>> {
+        self.slots.get(slot as usize)?.as_ref()
+    }
+
+    fn numbered(&self, number: u32) -> Option<&Arc<Slab>> {
+        let at = self.numbers.binary_search_by_key(&number, |(number, _)| *number).ok()?;
+        self.numbers.get(at).map(|(_, slab)| slab)
+    }
 }
 
 /// A place as the index keeps it.
@@ -54,22 +80,14 @@ pub(super) struct At {
 }
 
 impl Place {
-    /// Whether what was read from here was there all the time. False only says that it may not have been.
-    pub fn is_intact(&self) -> bool {
-        self.slab.is_unchanged(self.epoch)
-    }
-
     pub fn offset(&self) -> u64 {
         u64::from(self.block) * ALIGN
     }
 }
 
-/// The counts are beside the lock, whose cache line a reader has anyway.
 #[derive(Default)]
-#[repr(C, align(128))]
+#[repr(align(128))]
 pub(super) struct Shard {
-    hits: AtomicU64,
-    misses: AtomicU64,
     pub table: RwLock<Table>,
 }
 
@@ -78,8 +96,11 @@ pub(super) struct Shards {
     pub shards: Box<[Shard; SHARDS]>,
     /// Two secret words: whoever chooses chunks can't choose their hashes.
     keys: [u64; 2],
+    slabs: ArcSwap<Slabs>,
     /// Serializes changes of the list of slabs.
-    slabs: Mutex<()>,
+    slabs_change: Mutex<()>,
+    pub hits: Tally,
+    pub misses: Tally,
     pub clock: Mutex<Clock>,
     pins: Pins,
     chunks: AtomicU64,
@@ -98,7 +119,10 @@ impl Shards {
         Self {
             shards: Box::new(std::array::from_fn(|_| Shard::default())),
             keys: [RandomState::new().hash_one(0), RandomState::new().hash_one(1)],
-            slabs: Mutex::new(()),
+            slabs: ArcSwap::default(),
+            slabs_change: Mutex::default(),
+            hits: Tally::default(),
+            misses: Tally::default(),
             clock: Mutex::default(),
             pins: Pins::default(),
             chunks: AtomicU64::new(0),
@@ -108,7 +132,7 @@ impl Shards {
     }
 
     /// A keyed hash. The digest is uniform already unless somebody searched for digests that are not.
-    fn hash(&self, digest: &Digest) -> u64 {
+    pub fn hash(&self, digest: &Digest) -> u64 {
         let bytes = digest.as_bytes();
         let word =
             |at: usize| bytes.get(at..at + 8).and_then(|word| word.try_into().ok()).map_or(0, u64::from_le_bytes);
@@ -122,30 +146,36 @@ impl Shards {
         self.shards.get(shard_of(hash)).unwrap_or(first)
     }
 
+    /// Fills `buf` with a chunk's bytes from `skip` on, without a lock, or a count that others change. False says nothing:
+    /// the ticket may be old, the range not inside the chunk, the read may have failed.
+    pub fn read_known(&self, ticket: &Ticket, skip: u32, buf: &mut [u8]) -> bool {
+        let Some(known) = ticket.known() else { return false };
+        // Keeps the slab's file open, no more.
+        let slabs = self.slabs.load();
+        let Some(slab) = slabs.numbered(known.slab) else { return false };
+        u64::from(skip) + buf.len() as u64 <= u64::from(known.len)
+            && slab.read(u64::from(known.block) * ALIGN + u64::from(skip), buf).is_ok()
+            && slab.use_place(known.block)
+    }
+
     /// Where a chunk is, for somebody who wants to read it: it counts as used.
     pub fn find(&self, digest: &Digest) -> Option<Place> {
-        self.look_up(digest, Entry::set_used)
+        let place = self.peek(digest)?;
+        place.slab.use_place(place.block);
+        Some(place)
     }
 
     /// Where a chunk is; changes nothing.
     pub fn peek(&self, digest: &Digest) -> Option<Place> {
-        self.look_up(digest, |_| {})
-    }
-
-    fn look_up(&self, digest: &Digest, mark: impl Fn(&Entry)) -> Option<Place> {
         let hash = self.hash(digest);
         let table = self.shard(hash).table.read();
         let entry = table.get(hash, digest)?;
-        let slab = Arc::clone(table.slab(entry.slot)?);
-        mark(entry);
-        let (epoch, shard) = (slab.epoch(), shard_of(hash) as u32);
-        Some(Place { slab, slot: entry.slot, block: entry.block, len: entry.len, trust: entry.trust(), epoch, shard })
+        let slab = self.slab(entry.slot)?;
+        Some(Place { slab, slot: entry.slot, block: entry.block, len: entry.len, trust: entry.trust() })
     }
 
-    /// Whether the chunk is still at this place. A place is never given to another chunk, so that it was there all the
-    /// time since `place` was looked up.
-    pub fn is_at(&self, digest: &Digest, place: &Place) -> bool {
-        self.peek(digest).is_some_and(|now| Arc::ptr_eq(&now.slab, &place.slab) && now.block == place.block)
+    pub fn slab(&self, slot: u32) -> Option<Arc<Slab>> {
+        self.slabs.load().at(slot).map(Arc::clone)
     }
 
     pub fn contains(&self, digest: &Digest) -> bool {
@@ -153,23 +183,27 @@ impl Shards {
         self.shard(hash).table.read().position(hash, digest).is_some()
     }
 
-    /// Adds a chunk unless it is there already; says whether it was added.
+    /// Adds a chunk unless it is there already, or another one is at its place; says whether it was added.
     pub fn insert(&self, digest: &Digest, at: At, trust: Trust) -> bool {
         let hash = self.hash(digest);
         let mut table = self.shard(hash).table.write();
         if table.position(hash, digest).is_some() {
             return false;
         }
+        let slab = self.slab(at.slot);
+        if slab.as_ref().is_some_and(|slab| !slab.gained(at.block, room(at.len))) {
+            return false;
+        }
         // Asked under the shard's lock, see `set_pins`.
         let keep = self.pins.keep(hash);
         if !table.push(hash, Entry::new(*digest, at, trust), keep, |digest| self.hash(digest)) {
+            if let Some(slab) = slab {
+                slab.lost(at.block, room(at.len));
+            }
             return false;
         }
         self.chunks.fetch_add(1, Relaxed);
         self.bytes.fetch_add(room(at.len), Relaxed);
-        if let Some(slab) = table.slab(at.slot) {
-            slab.gained(room(at.len));
-        }
         true
     }
 
@@ -208,9 +242,9 @@ impl Shards {
         let (digest, at) = (entry.digest, entry.at());
         self.chunks.fetch_sub(1, Relaxed);
         self.bytes.fetch_sub(room(at.len), Relaxed);
-        let slab = table.slab(at.slot).map(|held| Arc::clone(&held.0));
+        let slab = self.slab(at.slot);
         if let Some(slab) = &slab {
-            slab.lost(room(at.len));
+            slab.lost(at.block, room(at.len));
         }
         table.remove(position, |digest| self.hash(digest));
         Some((digest, at, slab?))
@@ -225,11 +259,12 @@ impl Shards {
             return false;
         };
         entry.relocate(to);
-        if let Some(slab) = table.slab(from.0) {
-            slab.lost(room(to.len));
-        }
-        if let Some(slab) = table.slab(to.slot) {
-            slab.gained(room(to.len));
+        let used = self.slab(from.0).is_some_and(|slab| slab.lost(from.1, room(to.len)));
+        if let Some(slab) = self.slab(to.slot) {
+            slab.gained(to.block, room(to.len));
+            if used {
+                slab.use_place(to.block);
+            }
         }
         true
     }
@@ -262,38 +297,32 @@ impl Shards {
 
     /// Adds a slab and returns its slot.
     pub fn add_slab(&self, slab: &Arc<Slab>) -> u32 {
-        let _serial = self.slabs.lock();
-        let mut slot = 0;
-        for shard in &*self.shards {
-            let slabs = &mut shard.table.write().slabs;
-            slot = slabs.iter().position(Option::is_none).unwrap_or(slabs.len());
-            let held = Arc::new(Held(Arc::clone(slab)));
-            match slabs.get_mut(slot) {
-                Some(free) => *free = Some(held),
-                None => slabs.push(Some(held)),
-            }
+        let _serial = self.slabs_change.lock();
+        let mut slots = self.slabs.load().slots.clone();
+        let slot = slots.iter().position(Option::is_none).unwrap_or(slots.len());
+        match slots.get_mut(slot) {
+            Some(free) => *free = Some(Arc::clone(slab)),
+            None => slots.push(Some(Arc::clone(slab))),
         }
+        self.slabs.store(Arc::new(Slabs::new(slots)));
         self.overhead.fetch_add(slab.data_start(), Relaxed);
         slot as u32
     }
 
     /// Forgets a slab in which the index has nothing; its slot is free for another one.
     pub fn remove_slab(&self, slot: u32) {
-        let _serial = self.slabs.lock();
-        let mut gone = None;
-        for shard in &*self.shards {
-            gone = shard.table.write().slabs.get_mut(slot as usize).and_then(Option::take);
-        }
-        if let Some(slab) = gone {
+        let _serial = self.slabs_change.lock();
+        let mut slots = self.slabs.load().slots.clone();
+        if let Some(slab) = slots.get_mut(slot as usize).and_then(Option::take) {
             self.overhead.fetch_sub(slab.data_start(), Relaxed);
         }
+        self.slabs.store(Arc::new(Slabs::new(slots)));
     }
 
     /// All slabs with their slots.
     pub fn slabs(&self) -> Vec<(u32, Arc<Slab>)> {
-        let [first, ..] = &*self.shards;
-        let table = first.table.read();
-        (0..).zip(&table.slabs).filter_map(|(slot, slab)| Some((slot, Arc::clone(&slab.as_ref()?.0)))).collect()
+        let slabs = self.slabs.load();
+        (0..).zip(&slabs.slots).filter_map(|(slot, slab)| Some((slot, Arc::clone(slab.as_ref()?)))).collect()
     }
 
     /// The digests of a shard's chunks.
@@ -306,29 +335,13 @@ impl Shards {
     pub fn records(&self) -> impl Iterator<Item = Record> {
         self.shards.iter().flat_map(|shard| {
             let table = shard.table.read();
+            let slabs = self.slabs.load();
             let record = |entry: &Entry| {
                 let (At { block, len, row, .. }, digest) = (entry.at(), entry.digest);
-                let slab = table.slab(entry.slot)?.number;
+                let slab = slabs.at(entry.slot)?.number;
                 Some(Record { kind: Kind::Admit, digest, slab, block, len, row })
             };
             table.entries().iter().filter_map(record).collect::<Vec<_>>()
-        })
-    }
-
-    pub fn hit(&self, place: &Place) {
-        if let Some(shard) = self.shards.get(place.shard as usize) {
-            shard.hits.fetch_add(1, Relaxed);
-        }
-    }
-
-    pub fn miss(&self, digest: &Digest) {
-        self.shard(self.hash(digest)).misses.fetch_add(1, Relaxed);
-    }
-
-    /// Hits and misses so far.
-    pub fn counts(&self) -> (u64, u64) {
-        self.shards.iter().fold((0, 0), |(hits, misses), shard| {
-            (hits + shard.hits.load(Relaxed), misses + shard.misses.load(Relaxed))
         })
     }
 
@@ -351,6 +364,8 @@ impl Shards {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+    use std::collections::HashMap;
 
     use super::*;
 
@@ -385,18 +400,19 @@ mod tests {
     fn pinned_chunks_are_not_in_the_eviction_s_way() {
         let shards = Shards::new();
         let dir = tempfile::tempdir().unwrap();
-        let slab = Slab::create(&crate::media::Directory::new(dir.path()), 0, 2 << 20).unwrap();
+        let slab = Slab::create(&crate::media::Directory::new(dir.path()), 0, 1 << 30).unwrap();
         shards.add_slab(&Arc::new(slab));
         let digests: Vec<Digest> = (0..200_000_u32).map(|number| Digest::of(&number.to_le_bytes())).collect();
-        let at = At { slot: 0, block: 1, len: 1, row: 1 };
+        let places: HashMap<Digest, u32> = digests.iter().copied().zip(0..).collect();
+        let at = |digest: &Digest| At { slot: 0, block: places[digest], len: 1, row: 1 };
         let (pinned, rest) = digests.split_at(digests.len() - 50);
         // Some are pinned before they come, some afterwards.
         for digest in &pinned[..1000] {
-            assert!(shards.insert(digest, at, Trust::Checked));
+            assert!(shards.insert(digest, at(digest), Trust::Checked));
         }
         shards.set_pins(pinned, Pins::add);
         for digest in digests.iter().filter(|digest| !shards.contains(digest)).collect::<Vec<_>>() {
-            assert!(shards.insert(digest, at, Trust::Checked));
+            assert!(shards.insert(digest, at(digest), Trust::Checked));
         }
         for _ in rest {
             let victim = shards.evict().unwrap();

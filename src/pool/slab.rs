@@ -1,10 +1,12 @@
 //! Slabs: files of plain chunks, each with a table of what is in it.
 #![deny(clippy::indexing_slicing)]
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::atomic::{Ordering::Relaxed, fence};
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use zerocopy::FromZeros;
 
 use super::record::{ALIGN, BODY, Header, Kind, RECORD, Record, SLAB_MAGIC, VERSION};
 use crate::media::{Media, MediaDir};
@@ -31,11 +33,19 @@ pub(super) struct Slab {
     live: AtomicU64,
     /// Appends that took room and did not publish it yet.
     writers: AtomicU32,
-    /// How often a place was given up.
-    epoch: AtomicU32,
     /// Whether the slab is being emptied, or could not be.
     retiring: AtomicBool,
+    /// [`THERE`] and [`USED`] of every block that a chunk begins at, 32 blocks a word: 16 bytes for each 256 KiB, which are
+    /// zeros that take no memory before they are written.
+    places: Box<[AtomicU64]>,
 }
+
+/// Places of a word.
+const PLACES: u64 = 32;
+/// The index has a chunk here. Set once in the life of a place, and taken before anything else becomes of it.
+const THERE: u64 = 1;
+/// The chunk was used since the eviction's hand passed.
+const USED: u64 = 2;
 
 /// An append to a slab that is under way.
 pub(super) struct Appending(Arc<Slab>);
@@ -88,11 +98,13 @@ impl Slab {
             let _ = dir.remove(&name);
             return Err(error);
         }
-        Ok(Self::with(number, media, bytes, records))
+        Self::with(number, media, bytes, records)
     }
 
-    fn with(number: u32, media: Box<dyn Media>, bytes: u64, records: u32) -> Self {
-        Self {
+    fn with(number: u32, media: Box<dyn Media>, bytes: u64, records: u32) -> io::Result<Self> {
+        let words = (bytes / ALIGN).div_ceil(PLACES) as usize;
+        let places = <[AtomicU64]>::new_box_zeroed_with_elems(words).map_err(|_| ErrorKind::OutOfMemory)?;
+        Ok(Self {
             number,
             media,
             bytes,
@@ -101,9 +113,9 @@ impl Slab {
             reported: AtomicBool::default(),
             live: AtomicU64::default(),
             writers: AtomicU32::default(),
-            epoch: AtomicU32::default(),
             retiring: AtomicBool::default(),
-        }
+            places,
+        })
     }
 
     /// Opens slab `number`.
@@ -127,7 +139,7 @@ impl Slab {
             return Err(Unusable::Header);
         }
         let (bytes, records) = (header.bytes, header.records);
-        Ok(Self::with(number, media, bytes, records))
+        Ok(Self::with(number, media, bytes, records)?)
     }
 
     /// First byte after the table.
@@ -217,14 +229,47 @@ impl Slab {
         self.writers.load(Ordering::Acquire) > 0
     }
 
-    /// Says that the index has `bytes` more here.
-    pub fn gained(&self, bytes: u64) {
+    /// Says that the index is about to have a chunk at `block`, of `bytes` bytes; false if it has another one there.
+    pub fn gained(&self, block: u32, bytes: u64) -> bool {
+        let Some((word, shift)) = self.place(block) else { return false };
+        if (word.fetch_or(THERE << shift, Relaxed) >> shift) & THERE != 0 {
+            return false;
+        }
         self.live.fetch_add(bytes, Relaxed);
+        true
     }
 
-    /// Says that the index has `bytes` less here.
-    pub fn lost(&self, bytes: u64) {
+    /// Says that the index has the chunk at `block` not any more, which has `bytes` bytes; whether it was used lately.
+    pub fn lost(&self, block: u32, bytes: u64) -> bool {
+        let place = self.place(block);
+        let marks =
+            place.map_or(0, |(word, shift)| word.fetch_and(!((THERE | USED) << shift), Ordering::SeqCst) >> shift);
         self.live.fetch_sub(bytes, Relaxed);
+        marks & USED != 0
+    }
+
+    fn place(&self, block: u32) -> Option<(&AtomicU64, u32)> {
+        Some((self.places.get((u64::from(block) / PLACES) as usize)?, (u64::from(block) % PLACES * 2) as u32))
+    }
+
+    /// Whether the chunk at `block` is there, which is marked as used then. Who asks after reading knows that what was
+    /// read is the chunk: the place was nothing else's before.
+    pub fn use_place(&self, block: u32) -> bool {
+        fence(Ordering::Acquire);
+        let Some((word, shift)) = self.place(block) else { return false };
+        let marks = word.load(Relaxed) >> shift;
+        // Stored only if it is not yet: a hit on a hot chunk must not take the cache line from other readers.
+        if marks & (THERE | USED) == THERE {
+            word.fetch_or(USED << shift, Relaxed);
+        }
+        marks & THERE != 0
+    }
+
+    /// Whether the chunk at `block` was used since this was asked the last time.
+    pub fn take_used(&self, block: u32) -> bool {
+        let Some((word, shift)) = self.place(block) else { return false };
+        let used = USED << shift;
+        word.load(Relaxed) & used != 0 && word.fetch_and(!used, Relaxed) & used != 0
     }
 
     /// Bytes of the places that the index knows.
@@ -232,22 +277,9 @@ impl Slab {
         self.live.load(Relaxed)
     }
 
-    /// What [`Self::is_unchanged`] compares. Taken while the index has the place that is read.
-    pub fn epoch(&self) -> u32 {
-        self.epoch.load(Relaxed)
-    }
-
-    /// Whether no place of the slab was given up between [`Self::epoch`] and now: what was read meanwhile is what was
-    /// written there.
-    pub fn is_unchanged(&self, epoch: u32) -> bool {
-        fence(Ordering::Acquire);
-        self.epoch.load(Relaxed) == epoch
-    }
-
     /// Gives the blocks of a place back, which the index does not have any more, and its row in the table. Who is
-    /// reading there finds the epoch changed.
+    /// reading there finds that the chunk is not there any more.
     pub fn give_up(&self, offset: u64, len: u64, row: u32) -> io::Result<()> {
-        self.epoch.fetch_add(1, Ordering::SeqCst);
         self.media.punch(offset, len)?;
         if (1..=self.records).contains(&row) {
             self.media.write(BODY + u64::from(row - 1) * RECORD, &[0; RECORD as usize])?;

@@ -4,19 +4,16 @@
 //! part only, so that pinned chunks cost it nothing however many there are.
 #![deny(clippy::indexing_slicing)]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use hashbrown::HashTable;
 
 use super::shards::{At, Trust};
-use super::slab::Slab;
 use crate::chunk::Digest;
 
-/// Bits of [`Entry::marks`]; the rest is the row in the slab's table.
+/// Bits of [`Entry::marks`]: this one, and the row in the slab's table.
 const CHECKED: u32 = 1 << 31;
-const USED: u32 = 1 << 30;
-const ROW: u32 = USED - 1;
+const ROW: u32 = CHECKED - 1;
 
 /// Whether a chunk may be evicted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,11 +26,11 @@ pub(super) enum Keep {
 
 pub(super) struct Entry {
     pub digest: Digest,
-    /// Number of the slab in this process, an index of [`Table::slabs`].
+    /// Number of the slab in this process, an index of the list of slabs.
     pub slot: u32,
     pub block: u32,
     pub len: u32,
-    /// Whether the chunk was checked and whether it was used since the hand passed, and its row.
+    /// Whether the chunk was checked, and its row.
     marks: AtomicU32,
 }
 
@@ -46,9 +43,7 @@ impl Entry {
 
     /// The same chunk at another place, where it was written just now.
     pub fn relocate(&mut self, to: At) {
-        let used = self.marks.load(Relaxed) & USED;
         *self = Self::new(self.digest, to, Trust::Checked);
-        *self.marks.get_mut() |= used;
     }
 
     pub fn at(&self) -> At {
@@ -60,40 +55,7 @@ impl Entry {
     }
 
     pub fn set_checked(&self) {
-        self.mark(CHECKED);
-    }
-
-    pub fn set_used(&self) {
-        self.mark(USED);
-    }
-
-    /// Stores only what is not set yet: a hit on a hot chunk must not take the cache line from other readers.
-    fn mark(&self, mark: u32) {
-        if self.marks.load(Relaxed) & mark == 0 {
-            self.marks.fetch_or(mark, Relaxed);
-        }
-    }
-
-    /// Whether the chunk was used since this was asked the last time.
-    pub fn take_used(&self) -> bool {
-        let used = self.marks.load(Relaxed) & USED != 0;
-        if used {
-            self.marks.fetch_and(!USED, Relaxed);
-        }
-        used
-    }
-}
-
-/// A shard's hold of a slab. Readers count themselves here while they read, each on the cache line of the shard that they
-/// came through: one count for the whole slab would pass from core to core with every hit.
-#[repr(align(64))]
-pub(super) struct Held(pub Arc<Slab>);
-
-impl std::ops::Deref for Held {
-    type Target = Arc<Slab>;
-
-    fn deref(&self) -> &Arc<Slab> {
-        &self.0
+        self.marks.fetch_or(CHECKED, Relaxed);
     }
 }
 
@@ -104,8 +66,6 @@ pub(super) struct Table {
     entries: Vec<Entry>,
     /// How many entries, from the first one, may be evicted.
     evictable: usize,
-    /// Every shard has its own list, so that a hit takes one lock. `None`: the slab was removed.
-    pub slabs: Vec<Option<Arc<Held>>>,
     /// The next entry that the eviction looks at.
     pub hand: usize,
 }
@@ -134,10 +94,6 @@ impl Table {
 
     pub fn evictable(&self) -> usize {
         self.evictable
-    }
-
-    pub fn slab(&self, slot: u32) -> Option<&Arc<Held>> {
-        self.slabs.get(slot as usize)?.as_ref()
     }
 
     /// Adds an entry whose digest is not there yet; false if the table has as many as it can.

@@ -60,6 +60,8 @@ struct State {
     read: u64,
     /// Changes until the power is cut.
     left: Option<u64>,
+    /// Done before the next read.
+    before_read: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// The disk. Clones are the same disk.
@@ -94,6 +96,11 @@ impl CrashDisk {
     /// Lets `changes` more changes happen; of the last one any part survives. Everything after it fails.
     pub fn cut_power_after(&self, changes: u64) {
         self.0.lock().left = Some(changes);
+    }
+
+    /// Does something when the next read is about to take its bytes.
+    pub fn before_read(&self, act: impl FnOnce() + Send + 'static) {
+        self.0.lock().before_read = Some(Box::new(act));
     }
 
     /// Whether the power is off.
@@ -282,6 +289,10 @@ impl MediaDir for CrashDisk {
 
 impl Media for CrashFile {
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let act = self.disk.0.lock().before_read.take();
+        if let Some(act) = act {
+            act();
+        }
         let mut state = self.disk.0.lock();
         if state.left == Some(0) {
             return Err(off());
