@@ -26,6 +26,7 @@ mod report;
 mod status;
 mod stop;
 mod unpin;
+mod upper;
 mod verify;
 
 use std::ffi::OsString;
@@ -64,7 +65,7 @@ enum Verb {
     Verify(verify::Verify),
     /// Expose an image as a block device and print its path
     Attach(attach::Attach),
-    /// Attach an image and mount it, read-only
+    /// Attach an image and mount it, read-only unless it is to be written
     Mount(mount::Mount),
     /// Unmount and detach
     Umount(mount::Umount),
@@ -88,6 +89,9 @@ enum Verb {
     Pin(pin::Pin),
     /// Let the chunks of a pinned image be evicted again
     Unpin(unpin::Unpin),
+    /// What was written to devices and is kept
+    #[command(subcommand)]
+    Upper(upper::Upper),
     /// The node's pool
     #[command(subcommand)]
     Pool(pool::Pool),
@@ -156,6 +160,7 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Ready(verb) => verb.run(&context),
         Verb::Pin(verb) => verb.run(&context),
         Verb::Unpin(verb) => verb.run(&context),
+        Verb::Upper(verb) => verb.run(&context),
         Verb::Pool(verb) => verb.run(&context),
         Verb::Stop(verb) => verb.run(&context),
         Verb::Build(_) | Verb::Optimize(_) | Verb::Daemon(_) | Verb::RecordInside(_) => Ok(()),

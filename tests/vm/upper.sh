@@ -46,6 +46,8 @@ for transport in ublk nbd loop; do
     rm -rf "$WORK"/{stop,upper,failures} "$WORK"/sum-* "$WORK"/count-*
     fr mount --quiet --transport "$transport" --upper "$WORK/upper" "$IMAGE" "$WORK/mnt" >/dev/null
     [ "$(fr list --json | jq -r '.[0].read_only')" = false ] || die "$transport: it is said to be read-only"
+    [ "$(fr upper list --json | jq -r '.[0] | .dir + " " + .device')" = "$WORK/upper $(fr list --json | jq -r '.[0].id')" ] || die "$transport: upper list"
+    ! fr upper discard "$WORK/upper" 2>/dev/null || die "$transport: an upper in use was discarded"
     [ "$(df --output=size -k "$WORK/mnt" | tail -n 1)" -gt 140000 ] || die "$transport: df"
     writers=()
     for name in a b; do
@@ -104,5 +106,8 @@ fr umount "$WORK/mnt"
 fr build --quiet "dir:$WORK/tree/many" "oci:$WORK/image:other" >/dev/null
 ! fr attach --upper "$WORK/upper" "oci:$WORK/image:other" 2>"$WORK/refused" || die "another image was accepted"
 grep -q 'belongs to' "$WORK/refused" || die "$(cat "$WORK/refused")"
+fr upper list "$WORK/upper" | grep -q "$IMAGE" || die "upper list does not say what it belongs to"
+fr upper discard "$WORK/upper" >/dev/null
+[ ! -e "$WORK/upper" ] || die "it was not discarded"
 fr stop
 ! dmesg | grep -E 'WARNING|BUG|Oops|hung task' || die "the kernel complained"
