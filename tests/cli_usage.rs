@@ -19,7 +19,7 @@ fn wrong_usage_is_exit_code_2_and_says_what_is_right() {
         (&["attach", "localhost/a", "--transport", "pigeon"], "ublk, nbd, loop"),
         (&["attach", "debian:12"], "docker://"),
         (&["attach", "dir:/tree"], "firstread build"),
-        (&["attach", "localhost/a", "--rw"], "--rw"),
+        (&["attach", "localhost/a", "--size", "1G"], "--rw or --upper"),
         (&["mount", "localhost/a"], "DIR"),
         (&["detach"], "ID|DEVICE|DIR"),
         (&["detach", "--all", "a-1"], "--all"),
