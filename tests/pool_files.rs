@@ -21,8 +21,8 @@ use crash::CrashDisk;
 use events::{collect_events, events};
 use firstread::Error;
 use firstread::chunk::Verified;
-use firstread::pool::{Admission, Lookup, Pool, Ticket};
-use pooled::{chunks, hits, kept, options};
+use firstread::pool::{Admission, Lookup, Pool, Run, Ticket};
+use pooled::{chunk, chunks, hits, kept, options};
 use random::Random;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use tempfile::TempDir;
@@ -170,6 +170,37 @@ fn a_chunk_that_goes_while_it_is_read_is_a_miss() {
         }
         assert_eq!((pool.stat().chunks, pool.stat().quarantined), (0, 0), "{path}");
     }
+}
+
+#[test]
+fn neighbours_in_a_slab_are_read_at_once_or_not_at_all() {
+    let (disk, mut random) = (CrashDisk::new(), Random(23));
+    let all: Vec<_> = (0..5).map(|_| chunk(&mut random, 12288)).collect();
+    let pool = Arc::new(Pool::open_on(disk.dir(), "under test", &options()).unwrap());
+    assert_eq!(kept(&pool, &all), 5);
+    let tickets: Vec<_> = all
+        .iter()
+        .map(|chunk| {
+            let ticket = Ticket::default();
+            assert_eq!(pool.read_noting(chunk.digest(), 0, &mut [0; 1], &ticket), Lookup::Hit);
+            ticket
+        })
+        .collect();
+    let mut run = Run::default();
+    assert!(run.extend(&tickets[0], 5000, 7288));
+    assert!(tickets[1..4].iter().all(|ticket| run.extend(ticket, 0, 12288)));
+    assert!(run.extend(&tickets[4], 0, 100));
+    let mut buf = vec![0; run.len()];
+    let hits = pool.stat().hits;
+    assert!(pool.read_run(&run, &mut buf));
+    let whole: Vec<u8> = all.iter().flat_map(|chunk| chunk.bytes()).copied().collect();
+    assert!(buf == whole[5000..4 * 12288 + 100]);
+    assert_eq!(pool.stat().hits - hits, 5);
+    assert!(!pool.read_run(&run, &mut buf[1..]), "another length");
+    let evicting = Arc::clone(&pool);
+    disk.before_read(move || assert!(evicting.trim(Some(0)) > 0));
+    assert!(!pool.read_run(&run, &mut buf), "its chunks went while it was read");
+    assert!(!pool.contains(all[0].digest()));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::chunk::{CHUNK_MAX, ChunkRef};
 use crate::error::{Error, Result};
 use crate::fetch::{Fetcher, Filling, Origin, Prefetch, Priority};
 use crate::map::{Map, Piece};
-use crate::pool::{Lookup, Pool, Ticket};
+use crate::pool::{Lookup, Pool, Run, Ticket};
 use crate::profile::Touch;
 
 /// Plain bytes that one request of a device waits for at a time: bounds the memory of a read however many chunks it
@@ -178,6 +178,42 @@ impl ImageDevice {
         Ok(self.pool.read_noting(&self.chunk(number)?.digest, skip, part, ticket))
     }
 
+    /// Adds a piece of a request of `whole` bytes to a run if it can be read with it. A piece that is the whole request is
+    /// read on the shorter way.
+    fn follows(&self, run: &mut Run, piece: Piece, whole: usize) -> bool {
+        let Piece::Chunk { chunk, skip, len } = piece else { return false };
+        (len as usize) < whole && self.tickets.get(chunk as usize).is_some_and(|ticket| run.extend(ticket, skip, len))
+    }
+
+    /// Reads a piece that is local.
+    fn read_piece(&self, piece: Piece, part: &mut [u8]) -> Result<Local> {
+        match piece {
+            Piece::Zero { .. } => part.fill(0),
+            Piece::Chunk { chunk, skip, .. } => {
+                if self.read_chunk(chunk, skip, part)? == Lookup::Miss {
+                    return Ok(Local::Missing);
+                }
+            }
+        }
+        Ok(Local::Done)
+    }
+
+    /// Reads a run, which is the device's bytes at `offset`; piece by piece when one of its tickets is old.
+    fn read_run(&self, run: &Run, offset: u64, buf: &mut [u8]) -> Result<Local> {
+        if run.is_empty() || self.pool.read_run(run, buf) {
+            return Ok(Local::Done);
+        }
+        let mut at = 0;
+        for piece in self.map.cover(offset, buf.len() as u64) {
+            let end = at + piece.len() as usize;
+            if self.read_piece(piece, part(buf, at, end)?)? == Local::Missing {
+                return Ok(Local::Missing);
+            }
+            at = end;
+        }
+        Ok(Local::Done)
+    }
+
     fn count(&self, counter: &AtomicU64, bytes: usize) {
         counter.fetch_add(1, Relaxed);
         self.counters.bytes.fetch_add(bytes as u64, Relaxed);
@@ -265,19 +301,28 @@ impl Device for ImageDevice {
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
         check_range(self.size(), offset, buf.len() as u64)?;
         self.touches.note(offset, buf.len());
+        // The last bytes of `buf` before `at`, which are still to be read, at once.
+        let mut run = Run::default();
         let mut at = 0;
         for piece in self.map.cover(offset, buf.len() as u64) {
             let end = at + piece.len() as usize;
-            let part = part(buf, at, end)?;
-            match piece {
-                Piece::Zero { .. } => part.fill(0),
-                Piece::Chunk { chunk, skip, .. } => {
-                    if self.read_chunk(chunk, skip, part)? == Lookup::Miss {
-                        return Ok(Local::Missing);
-                    }
+            if !self.follows(&mut run, piece, buf.len()) {
+                let from = at - run.len();
+                if self.read_run(&run, offset + from as u64, part(buf, from, at)?)? == Local::Missing {
+                    return Ok(Local::Missing);
+                }
+                run = Run::default();
+                if !self.follows(&mut run, piece, buf.len())
+                    && self.read_piece(piece, part(buf, at, end)?)? == Local::Missing
+                {
+                    return Ok(Local::Missing);
                 }
             }
             at = end;
+        }
+        let from = at - run.len();
+        if self.read_run(&run, offset + from as u64, part(buf, from, at)?)? == Local::Missing {
+            return Ok(Local::Missing);
         }
         self.count(&self.counters.hits, buf.len());
         Ok(Local::Done)

@@ -45,7 +45,7 @@ pub use admit::Admission;
 pub use bound::Amount;
 pub use record::room;
 pub use scrub::{Scrub, Scrubbed};
-pub use ticket::Ticket;
+pub use ticket::{Run, Ticket};
 
 use crate::chunk::{Digest, Mismatch, Verified, verify};
 use crate::error::{Error, Result};
@@ -200,6 +200,16 @@ impl Pool {
         let hit = self.shards.read_known(ticket, skip, buf);
         if hit {
             self.shards.hits.add_one();
+        }
+        hit
+    }
+
+    /// As [`read_known`](Self::read_known) for all chunks of a run, of whose length `buf` is.
+    #[must_use]
+    pub fn read_run(&self, run: &Run, buf: &mut [u8]) -> bool {
+        let hit = self.shards.read_run(run, buf);
+        if hit {
+            run.blocks().iter().for_each(|_| self.shards.hits.add_one());
         }
         hit
     }

@@ -19,7 +19,7 @@ use super::record::{ALIGN, Kind, Record, room};
 use super::slab::Slab;
 use super::table::{Entry, Table};
 use super::tally::Tally;
-use super::ticket::Ticket;
+use super::ticket::{Run, Ticket};
 use crate::chunk::Digest;
 
 pub(super) const SHARDS: usize = 64;
@@ -156,6 +156,15 @@ impl Shards {
         u64::from(skip) + buf.len() as u64 <= u64::from(known.len)
             && slab.read(u64::from(known.block) * ALIGN + u64::from(skip), buf).is_ok()
             && slab.use_place(known.block)
+    }
+
+    /// As [`read_known`](Self::read_known) for all chunks of a run, whose bytes fill `buf`.
+    pub fn read_run(&self, run: &Run, buf: &mut [u8]) -> bool {
+        let slabs = self.slabs.load();
+        let Some(slab) = slabs.numbered(run.slab) else { return false };
+        buf.len() == run.len()
+            && slab.read(run.start, buf).is_ok()
+            && run.blocks().iter().all(|block| slab.use_place(*block))
     }
 
     /// Where a chunk is, for somebody who wants to read it: it counts as used.

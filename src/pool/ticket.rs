@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use super::record::ALIGN;
 use super::shards::Place;
 
 /// Where a chunk was found the last time. Who reads a chunk often keeps one for it, and gives it to
@@ -50,11 +51,63 @@ impl Ticket {
     }
 }
 
+/// Most chunks of a [`Run`].
+const RUN_MAX: usize = 16;
+
+/// Pieces of chunks that lie one behind the other in a slab, by their tickets: they are read at once
+/// ([`Pool::read_run`](super::Pool::read_run)).
+#[derive(Debug, Default)]
+pub struct Run {
+    pub(super) slab: u32,
+    /// First byte in the slab.
+    pub(super) start: u64,
+    len: usize,
+    blocks: [u32; RUN_MAX],
+    count: usize,
+}
+
+impl Run {
+    /// Adds `len` bytes from `skip` on of the ticket's chunk. False, and nothing is added, when they don't follow what the
+    /// run has.
+    pub fn extend(&mut self, ticket: &Ticket, skip: u32, len: u32) -> bool {
+        let Some(known) = ticket.known() else { return false };
+        let start = u64::from(known.block) * ALIGN + u64::from(skip);
+        let follows = self.count == 0 || (known.slab == self.slab && start == self.start + self.len as u64);
+        if !follows || u64::from(skip) + u64::from(len) > u64::from(known.len) {
+            return false;
+        }
+        let Some(block) = self.blocks.get_mut(self.count) else { return false };
+        *block = known.block;
+        if self.count == 0 {
+            (self.slab, self.start) = (known.slab, start);
+        }
+        self.len += len as usize;
+        self.count += 1;
+        true
+    }
+
+    /// The chunks' places.
+    pub(super) fn blocks(&self) -> &[u32] {
+        self.blocks.get(..self.count).unwrap_or_default()
+    }
+
+    /// Whether nothing was added.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Bytes in all.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::chunk::CHUNK_MAX;
-    use crate::pool::record::ALIGN;
     use crate::pool::slab::SLAB_MAX;
 
     #[test]
@@ -71,5 +124,27 @@ mod tests {
             ticket.set(&Known { slab, block, len });
             assert_eq!(ticket.known(), None, "{slab} {block} {len}");
         }
+    }
+
+    #[test]
+    fn a_run_is_of_neighbours_in_one_slab() {
+        let ticket = |slab, block, len| {
+            let ticket = Ticket::default();
+            ticket.set(&Known { slab, block, len });
+            ticket
+        };
+        let mut run = Run::default();
+        assert!(!run.extend(&Ticket::default(), 0, 1) && run.is_empty());
+        assert!(!run.extend(&ticket(1, 4, 8192), 4096, 4097), "more than the chunk has");
+        assert!(run.extend(&ticket(1, 4, 8192), 4096, 4096));
+        assert!(!run.extend(&ticket(2, 6, 4096), 0, 4096), "another slab");
+        assert!(!run.extend(&ticket(1, 7, 4096), 0, 4096), "not behind it");
+        assert!(!run.extend(&ticket(1, 6, 8192), 4096, 4096), "not from its start");
+        assert!(run.extend(&ticket(1, 6, 4096), 0, 4096));
+        assert_eq!((run.start, run.len(), run.blocks()), (5 * ALIGN, 8192, [4, 6].as_slice()));
+        for block in 7..21 {
+            assert!(run.extend(&ticket(1, block, 4096), 0, 4096));
+        }
+        assert!(!run.extend(&ticket(1, 21, 4096), 0, 4096), "no room");
     }
 }
