@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::touch::Touches;
 use super::waits::{Wait, Waits};
-use super::{Device, DeviceFuture, Local, Residence, check_range};
+use super::{Device, DeviceFuture, Local, Residence, add_run, check_range};
 use crate::chunk::{CHUNK_MAX, ChunkRef};
 use crate::error::{Error, Result};
 use crate::fetch::{Fetcher, Filling, Origin, Prefetch, Priority};
@@ -178,11 +178,33 @@ impl ImageDevice {
         Ok(self.pool.read_noting(&self.chunk(number)?.digest, skip, part, ticket))
     }
 
-    /// Adds a piece of a request of `whole` bytes to a run if it can be read with it. A piece that is the whole request is
-    /// read on the shorter way.
-    fn follows(&self, run: &mut Run, piece: Piece, whole: usize) -> bool {
+    /// Adds a piece to a run if it can be read with it.
+    fn extend(&self, run: &mut Run, piece: Piece) -> bool {
         let Piece::Chunk { chunk, skip, len } = piece else { return false };
-        (len as usize) < whole && self.tickets.get(chunk as usize).is_some_and(|ticket| run.extend(ticket, skip, len))
+        self.tickets.get(chunk as usize).is_some_and(|ticket| run.extend(ticket, skip, len))
+    }
+
+    /// Reads what is local, neighbours in a slab at once.
+    fn read_pieces(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
+        // The last bytes of `buf` before `at`, which are still to be read.
+        let mut run = Run::default();
+        let mut at = 0;
+        for piece in self.map.cover(offset, buf.len() as u64) {
+            let end = at + piece.len() as usize;
+            if !self.extend(&mut run, piece) {
+                let from = at - run.len();
+                if self.read_run(&run, offset + from as u64, part(buf, from, at)?)? == Local::Missing {
+                    return Ok(Local::Missing);
+                }
+                run = Run::default();
+                if !self.extend(&mut run, piece) && self.read_piece(piece, part(buf, at, end)?)? == Local::Missing {
+                    return Ok(Local::Missing);
+                }
+            }
+            at = end;
+        }
+        let from = at - run.len();
+        self.read_run(&run, offset + from as u64, part(buf, from, at)?)
     }
 
     /// Reads a piece that is local.
@@ -301,27 +323,11 @@ impl Device for ImageDevice {
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
         check_range(self.size(), offset, buf.len() as u64)?;
         self.touches.note(offset, buf.len());
-        // The last bytes of `buf` before `at`, which are still to be read, at once.
-        let mut run = Run::default();
-        let mut at = 0;
-        for piece in self.map.cover(offset, buf.len() as u64) {
-            let end = at + piece.len() as usize;
-            if !self.follows(&mut run, piece, buf.len()) {
-                let from = at - run.len();
-                if self.read_run(&run, offset + from as u64, part(buf, from, at)?)? == Local::Missing {
-                    return Ok(Local::Missing);
-                }
-                run = Run::default();
-                if !self.follows(&mut run, piece, buf.len())
-                    && self.read_piece(piece, part(buf, at, end)?)? == Local::Missing
-                {
-                    return Ok(Local::Missing);
-                }
-            }
-            at = end;
-        }
-        let from = at - run.len();
-        if self.read_run(&run, offset + from as u64, part(buf, from, at)?)? == Local::Missing {
+        let local = match self.map.cover(offset, buf.len() as u64).next() {
+            Some(piece) if piece.len() == buf.len() as u64 => self.read_piece(piece, buf)?,
+            _ => self.read_pieces(offset, buf)?,
+        };
+        if local == Local::Missing {
             return Ok(Local::Missing);
         }
         self.count(&self.counters.hits, buf.len());
@@ -335,11 +341,7 @@ impl Device for ImageDevice {
     /// Looks at a bounded number of pieces; what lies behind them counts as remote.
     fn residence(&self, offset: u64, len: u64) -> Result<Vec<(u64, Residence)>> {
         check_range(self.size(), offset, len)?;
-        let mut runs: Vec<(u64, Residence)> = Vec::new();
-        let mut add = |len, residence| match runs.last_mut() {
-            Some((run, last)) if *last == residence => *run += len,
-            _ => runs.push((len, residence)),
-        };
+        let mut runs = Vec::new();
         let mut left = len;
         for piece in self.map.cover(offset, len).take(RESIDENCE_PIECES) {
             let residence = match piece {
@@ -347,11 +349,11 @@ impl Device for ImageDevice {
                 Piece::Chunk { chunk, .. } if self.pool.contains(&self.chunk(chunk)?.digest) => Residence::Local,
                 Piece::Chunk { .. } => Residence::Remote,
             };
-            add(piece.len(), residence);
+            add_run(&mut runs, piece.len(), residence);
             left -= piece.len();
         }
         if left > 0 {
-            add(left, Residence::Remote);
+            add_run(&mut runs, left, Residence::Remote);
         }
         Ok(runs)
     }

@@ -43,6 +43,14 @@ pub enum Residence {
     Remote,
 }
 
+/// Adds a run to those of a device range; one that is like the last makes that longer.
+fn add_run(runs: &mut Vec<(u64, Residence)>, len: u64, residence: Residence) {
+    match runs.last_mut() {
+        Some((run, last)) if *last == residence => *run += len,
+        _ => runs.push((len, residence)),
+    }
+}
+
 /// What may be done with a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {

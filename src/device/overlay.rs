@@ -6,8 +6,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::upper::{Claim, Room, Upper};
-use super::{Access, Device, DeviceFuture, Local, Residence, Zeroing, check_range};
+use super::upper::{Claim, Upper};
+use super::{Access, Device, DeviceFuture, Local, Residence, Zeroing, add_run, check_range};
 use crate::error::{Error, Result};
 use crate::index::BLOCK;
 
@@ -66,6 +66,18 @@ impl Overlay {
             (false, size) if offset >= size => (Place::Beyond, stop),
             (false, size) => (Place::Lower, stop.min(size)),
         }
+    }
+
+    /// The runs of a range, in order, each as it is when it is reached.
+    fn runs(&self, offset: u64, len: u64) -> impl Iterator<Item = (Place, Range<u64>)> {
+        let (mut at, end) = (offset, offset + len);
+        std::iter::from_fn(move || {
+            (at < end).then(|| {
+                let (start, (place, stop)) = (at, self.run(at, end));
+                at = stop;
+                (place, start..stop)
+            })
+        })
     }
 
     /// A lower's block, without waiting.
@@ -139,11 +151,10 @@ impl Overlay {
             return Ok(());
         }
         let claim = self.upper.claims().take(whole.clone()).await;
-        let room = if how == Zeroing::Allocated { Room::Kept } else { Room::GivenBack };
         // The disk's time, not a source's.
         let upper = Arc::clone(&self.upper);
         let zeroed = tokio::task::spawn_blocking(move || {
-            upper.zero(&whole, room)?;
+            upper.zero(&whole, how)?;
             upper.add(&claim, &whole)
         });
         zeroed.await.unwrap_or_else(|error| Err(Error::Stopping(format!("a task ({error})"))))
@@ -187,17 +198,14 @@ impl Device for Overlay {
 
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
         check_range(self.size(), offset, buf.len() as u64)?;
-        let (mut at, end) = (offset, offset + buf.len() as u64);
-        while at < end {
-            let (place, stop) = self.run(at, end);
-            let part = part(buf, at - offset..stop - offset)?;
+        for (place, run) in self.runs(offset, buf.len() as u64) {
+            let part = part(buf, run.start - offset..run.end - offset)?;
             match place {
-                Place::Upper => self.upper.read(at, part)?,
+                Place::Upper => self.upper.read(run.start, part)?,
                 Place::Beyond => part.fill(0),
-                Place::Lower if self.lower.read_local(at, part)? == Local::Missing => return Ok(Local::Missing),
+                Place::Lower if self.lower.read_local(run.start, part)? == Local::Missing => return Ok(Local::Missing),
                 Place::Lower => {}
             }
-            at = stop;
         }
         Ok(Local::Done)
     }
@@ -205,16 +213,13 @@ impl Device for Overlay {
     fn read_at<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> DeviceFuture<'a, ()> {
         Box::pin(async move {
             check_range(self.size(), offset, buf.len() as u64)?;
-            let (mut at, end) = (offset, offset + buf.len() as u64);
-            while at < end {
-                let (place, stop) = self.run(at, end);
-                let part = part(buf, at - offset..stop - offset)?;
+            for (place, run) in self.runs(offset, buf.len() as u64) {
+                let part = part(buf, run.start - offset..run.end - offset)?;
                 match place {
-                    Place::Upper => self.upper.read(at, part)?,
+                    Place::Upper => self.upper.read(run.start, part)?,
                     Place::Beyond => part.fill(0),
-                    Place::Lower => self.lower.read_at(at, part).await?,
+                    Place::Lower => self.lower.read_at(run.start, part).await?,
                 }
-                at = stop;
             }
             Ok(())
         })
@@ -223,24 +228,18 @@ impl Device for Overlay {
     /// What is in the upper counts as local, zeros included.
     fn residence(&self, offset: u64, len: u64) -> Result<Vec<(u64, Residence)>> {
         check_range(self.size(), offset, len)?;
-        let mut runs: Vec<(u64, Residence)> = Vec::new();
-        let mut add = |len, residence| match runs.last_mut() {
-            Some((run, last)) if *last == residence => *run += len,
-            _ => runs.push((len, residence)),
-        };
-        let (mut at, end) = (offset, offset + len);
-        while at < end {
-            let (place, stop) = self.run(at, end);
+        let mut runs = Vec::new();
+        for (place, run) in self.runs(offset, len) {
+            let len = run.end - run.start;
             match place {
-                Place::Upper => add(stop - at, Residence::Local),
-                Place::Beyond => add(stop - at, Residence::Zero),
+                Place::Upper => add_run(&mut runs, len, Residence::Local),
+                Place::Beyond => add_run(&mut runs, len, Residence::Zero),
                 Place::Lower => {
-                    for (len, residence) in self.lower.residence(at, stop - at)? {
-                        add(len, residence);
+                    for (len, residence) in self.lower.residence(run.start, len)? {
+                        add_run(&mut runs, len, residence);
                     }
                 }
             }
-            at = stop;
         }
         Ok(runs)
     }

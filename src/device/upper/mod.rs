@@ -42,7 +42,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 
-use crate::device::check_range;
+use crate::device::{Zeroing, check_range};
 use crate::error::{Error, Result};
 use crate::index::{BLOCK, DEVICE_MAX};
 use crate::media::{Directory, Media, MediaDir};
@@ -86,15 +86,6 @@ pub struct UpperOptions {
     pub durability: Durability,
     /// What tells this start of the machine from others.
     pub boot: String,
-}
-
-/// What is done with the room of blocks that become zeros.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Room {
-    /// It is given back to the disk.
-    GivenBack,
-    /// It stays taken, so that later writes need none.
-    Kept,
 }
 
 /// An upper that is open. Whoever has it open is the only one.
@@ -276,11 +267,11 @@ impl Upper {
     ///
     /// # Errors
     /// What the system says; part of the range may then be zeros.
-    pub fn zero(&self, blocks: &Range<u64>, room: Room) -> Result<()> {
+    pub fn zero(&self, blocks: &Range<u64>, how: Zeroing) -> Result<()> {
         self.check()?;
         let (mut offset, len) = (blocks.start * BLOCK_BYTES, (blocks.end - blocks.start) * BLOCK_BYTES);
         check_range(self.size, offset, len)?;
-        if room == Room::GivenBack {
+        if how != Zeroing::Allocated {
             match self.data.punch(offset, len) {
                 Err(error) if error.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) => {}
                 punched => return punched.map_err(|error| self.error("discard in", error)),
