@@ -278,27 +278,21 @@ pub struct Choice {
 /// [`Error::Unsupported`] when the one that was asked for, or every one, is not possible; [`Error::Invalid`] for a name
 /// that is none.
 pub fn choose(wanted: &str) -> Result<Choice> {
-    // Asking costs some system calls, and nothing is to be known of the others.
-    let of =
-        |name: &str, ask: &dyn Fn() -> Option<String>| if wanted == "auto" || wanted == name { ask() } else { None };
-    let loop_device = || loop_device(Path::new("/dev"));
-    choose_from(
-        wanted,
-        [
-            ("ublk", of("ublk", &ublk::obstacle)),
-            ("nbd", of("nbd", &kernel::obstacle)),
-            ("loop", of("loop", &loop_device)),
-        ],
-    )
+    choose_from(wanted, |name| match name {
+        "ublk" => ublk::obstacle(),
+        "nbd" => kernel::obstacle(),
+        _ => loop_device(Path::new("/dev")),
+    })
 }
 
-fn choose_from(wanted: &str, obstacles: [(&str, Option<String>); 3]) -> Result<Choice> {
+/// Asks what stands in the way of those transports alone that are wanted: an answer costs some system calls.
+fn choose_from(wanted: &str, obstacle: impl Fn(&str) -> Option<String>) -> Result<Choice> {
     let (mut candidates, mut passed_over) = (Vec::new(), Vec::new());
-    for (name, obstacle) in obstacles {
+    for name in ["ublk", "nbd", "loop"] {
         if wanted != "auto" && wanted != name {
             continue;
         }
-        match (obstacle, Transport::named(name)) {
+        match (obstacle(name), Transport::named(name)) {
             (None, Some(transport)) => candidates.push(transport),
             (obstacle, _) => passed_over.push(format!("{name}: {}", obstacle.unwrap_or_default())),
         }
@@ -333,8 +327,12 @@ mod tests {
 
     use super::*;
 
-    fn obstacles(ublk: Option<&str>, dev: &Path) -> [(&'static str, Option<String>); 3] {
-        [("ublk", ublk.map(str::to_owned)), ("nbd", Some("no client".to_owned())), ("loop", loop_device(dev))]
+    fn obstacles(ublk: Option<&str>, dev: &Path) -> impl Fn(&str) -> Option<String> {
+        move |name| match name {
+            "ublk" => ublk.map(str::to_owned),
+            "nbd" => Some("no client".to_owned()),
+            _ => loop_device(dev),
+        }
     }
 
     #[test]
