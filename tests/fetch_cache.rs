@@ -9,17 +9,18 @@ mod nginx;
 mod packs;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/published.rs"]
+mod published;
 #[path = "common/registry.rs"]
 mod registry;
 
 use std::path::PathBuf;
 
 use fault::Fault;
-use firstread::oci::Reference;
-use firstread::source::{Access, Purpose, Repository};
 use nginx::Nginx;
-use packs::{Lies, TestImage};
+use packs::TestImage;
 use program::Node;
+use published::published;
 use registry::Registry;
 
 const NODES: usize = 20;
@@ -34,12 +35,7 @@ struct Setup {
 }
 
 fn setup(seed: u64) -> Setup {
-    let registry = Registry::start();
-    let image = TestImage::build(seed, 48, 256 << 10, Lies::default());
-    let reference: Reference = format!("{}/app:v1", registry.host()).parse().unwrap();
-    tokio::runtime::Runtime::new().unwrap().block_on(async {
-        image.push(&Repository::open(&reference, &Access::default(), Purpose::Push).await.unwrap()).await
-    });
+    let (registry, image) = published(seed, 48, 256 << 10);
     let origin = Fault::start(&format!("http://{}", registry.host()), &[]);
     let url = origin.url();
     let cache = Nginx::start(&format!(

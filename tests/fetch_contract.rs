@@ -8,6 +8,8 @@ mod fault;
 mod packs;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/published.rs"]
+mod published;
 #[path = "common/registry.rs"]
 mod registry;
 
@@ -18,10 +20,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fault::Fault;
-use firstread::oci::Reference;
-use firstread::source::{Access, Purpose, Repository};
-use packs::{Lies, TestImage};
+use packs::TestImage;
 use program::Node;
+use published::published;
 use registry::Registry;
 
 const CHUNK: usize = 64 << 10;
@@ -59,13 +60,7 @@ struct Setup {
 
 /// An image that no other case has, so that its chunks are nowhere yet.
 fn setup(seed: u64) -> Setup {
-    let registry = Registry::start();
-    let image = TestImage::build(seed, CHUNKS, CHUNK, Lies::default());
-    let reference: Reference = format!("{}/app:v1", registry.host()).parse().unwrap();
-    tokio::runtime::Runtime::new().unwrap().block_on(async {
-        let access = Access { docker_config: None, ..Access::default() };
-        image.push(&Repository::open(&reference, &access, Purpose::Push).await.unwrap()).await
-    });
+    let (registry, image) = published(seed, CHUNKS, CHUNK);
     let proxy = Fault::start(&format!("http://{}", registry.host()), &[]);
     Setup { proxy, node: Node::new(), image, _registry: registry }
 }

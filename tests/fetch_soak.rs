@@ -8,6 +8,8 @@ mod fault;
 mod packs;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/published.rs"]
+mod published;
 #[path = "common/registry.rs"]
 mod registry;
 
@@ -18,11 +20,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use fault::Fault;
-use firstread::oci::Reference;
-use firstread::source::{Access, Purpose, Repository};
-use packs::{Lies, TestImage};
 use program::Node;
-use registry::Registry;
+use published::published;
 
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 64;
@@ -89,13 +88,7 @@ fn make_trouble(mirrors: &[Fault; 2], blob: &str, over: &AtomicBool) -> u64 {
 #[test]
 fn no_read_fails_while_one_of_two_mirrors_is_well() {
     let seconds = std::env::var("SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(20);
-    let registry = Registry::start();
-    let image = TestImage::build(1, CHUNKS, CHUNK, Lies::default());
-    let reference: Reference = format!("{}/app:v1", registry.host()).parse().unwrap();
-    tokio::runtime::Runtime::new().unwrap().block_on(async {
-        let access = Access { docker_config: None, ..Access::default() };
-        image.push(&Repository::open(&reference, &access, Purpose::Push).await.unwrap()).await
-    });
+    let (registry, image) = published(1, CHUNKS, CHUNK);
     let upstream = format!("http://{}", registry.host());
     let mirrors = [Fault::start(&upstream, &[]), Fault::start(&upstream, &[])];
     let node = Node::new();

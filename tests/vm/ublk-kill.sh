@@ -12,12 +12,7 @@ verified=(--name=load --size=8m --bs=4k --ioengine=io_uring --iodepth=8 --verify
 mkdir -p "$WORK/tree"
 fio "${verified[@]}" --filename="$WORK/tree/verified" --rw=write --do_verify=0 >/dev/null
 use_image
-start_server() {
-    setsid "$FIRSTREAD" --root "$WORK/root" --run "$WORK/run" daemon "$@" >>"$WORK/daemon.log" 2>&1 &
-    server=$!
-}
-start_server
-until_true 20 fr_answers || die "the daemon does not answer"
+start_daemon
 fr mount --quiet --transport "$TRANSPORT" "$IMAGE" "$WORK/mnt" >/dev/null
 fr list --json | jq 'map({id, device, mountpoint})' >"$WORK/before"
 device=$(json '.[0].device' <"$WORK/before")
@@ -62,7 +57,6 @@ unharmed() {
     fr list --json | jq 'map({id, device, mountpoint})' >"$WORK/after"
     diff "$WORK/before" "$WORK/after" || die "$1: the device is another one"
 }
-served() { [ "$(fr list --json 2>/dev/null | jq -r '.[0].state')" = attached ]; }
 
 for ((kill = 1; kill <= KILLS; kill++)); do
     # At once, in the middle of recovery, or when it serves again.

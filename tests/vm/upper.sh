@@ -6,13 +6,7 @@
 KILLS=${KILLS:-8}
 export FIRSTREAD_NBD_TIMEOUT=2
 use_image --size 160M
-start_server() {
-    setsid "$FIRSTREAD" --root "$WORK/root" --run "$WORK/run" daemon "$@" >>"$WORK/daemon.log" 2>&1 &
-    server=$!
-}
-served() { [ "$(fr list --json 2>/dev/null | jq -r '.[0].state')" = attached ]; }
-start_server
-until_true 20 fr_answers || die "the daemon does not answer"
+start_daemon
 
 # writer NAME: files of many sizes, replaced and removed; the sums of those that were synced in $WORK/written-NAME.
 writer() {

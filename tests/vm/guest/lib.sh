@@ -20,14 +20,22 @@ set -E
 fr() { "$FIRSTREAD" --root "$WORK/root" --run "$WORK/run" "$@"; }
 daemon_pid() { cat "$WORK/run/daemon.pid"; }
 
-# start_daemon ARG…: in the foreground of its own, with its log in $WORK/daemon.log; until it answers.
-start_daemon() {
+# start_server ARG…: the daemon, in the foreground of its own, with its log in $WORK/daemon.log; $server is its process.
+start_server() {
     setsid "$FIRSTREAD" --root "$WORK/root" --run "$WORK/run" daemon "$@" >>"$WORK/daemon.log" 2>&1 &
+    # shellcheck disable=SC2034 # for those who kill it
+    server=$!
+}
+# start_daemon ARG…: the same, until it answers.
+start_daemon() {
+    start_server "$@"
     until_true 20 fr_answers || die "the daemon does not answer"
 }
 fr_answers() { fr list >/dev/null 2>&1 && [ -S "$WORK/run/control.sock" ]; }
 
 
+# Whether the first device is served.
+served() { [ "$(fr list --json 2>/dev/null | jq -r '.[0].state')" = attached ]; }
 gone() { ! kill -0 "$1" 2>/dev/null; }
 
 # until_true SECONDS COMMAND…
