@@ -16,6 +16,9 @@ use crate::source::{Access, RawDocument, Repository, Source, open_places};
 
 /// Most image indexes that list one another on the way to a manifest.
 const MAX_NESTING: u32 = 4;
+/// Most things that can be missing of an image: its documents, the configuration and the index, and one round without a
+/// miss.
+const MOST_MISSING: u32 = MAX_NESTING + 1 + 1 + 1 + 1;
 /// Tries to fetch an index: wrong bytes and broken connections get another one.
 const TRIES: u32 = 3;
 
@@ -59,26 +62,11 @@ pub async fn open_image(
     cache_dir: &Path,
 ) -> Result<Image> {
     let places = Places(Repository::open_all(reference, access).await?.into_iter().map(Arc::new).collect());
-    let cache = Cache::open(cache_dir).await?;
-    let mut raw = resolve(&places, &cache, reference).await?;
-    let mut nesting = 0;
-    let manifest = loop {
-        match Document::parse(&raw.bytes, &raw.media_type)? {
-            Document::Manifest(manifest) => break manifest,
-            Document::Index(_) if nesting == MAX_NESTING => {
-                return Err(Error::invalid(format!("image {reference}"), "its image indexes list one another"));
-            }
-            Document::Index(index) => {
-                nesting += 1;
-                let entry = Document::pick(&index, platform, places.name())?;
-                let digest = descriptor_digest(entry)?;
-                raw = document(&places, &cache, &digest, entry.media_type().as_ref()).await?;
-            }
-        }
-    };
-    let layers = Layers::of(&manifest)?;
-    let config = config(&places, &cache, &manifest).await?;
-    let index = Arc::new(index(&places, &cache, &layers).await?);
+    let cache = Cache { dir: cache_dir.to_owned() };
+    let top = resolve(&places, &cache, reference).await?;
+    let Local { documents: Documents { manifest_digest, layers, config }, index } =
+        localize(&places, &cache, reference, &top, platform).await?;
+    let (config, index) = (Config::parse(config)?, Arc::new(index));
     let blobs: Vec<Blob> = index.blobs().collect();
     for blob in &blobs {
         if !layers.packs.iter().any(|(_, digest, bytes)| *digest == blob.digest && *bytes == blob.bytes) {
@@ -90,7 +78,7 @@ pub async fn open_image(
     let mut sources = open_places(reference, access)?;
     sources.extend(places.sources());
     let origin = Arc::new(Origin::new(blobs, sources).indexed(&index));
-    Ok(Image { reference: reference.clone(), manifest_digest: raw.digest, layers, index, origin, config })
+    Ok(Image { reference: reference.clone(), manifest_digest, layers, index, origin, config })
 }
 
 /// What is known of an image on this machine alone.
@@ -108,47 +96,32 @@ pub struct KnownImage {
 /// [`Error::NotFound`] for an image of which not everything is there that a start without its sources needs;
 /// [`Error::Invalid`] for an index that is damaged.
 pub async fn open_known(reference: &Reference, platform: &Platform, cache_dir: &Path) -> Result<KnownImage> {
-    let cache = Cache { dir: cache_dir.to_owned() };
-    let missing = |what: &str| Error::NotFound {
-        source_name: "this machine".to_owned(),
-        what: format!("the {what} of {reference}"),
-    };
-    let mut digest = match reference {
-        Reference::Registry(registry) if registry.digest.is_some() => registry.digest,
-        _ => cache.noted(reference).await?,
-    }
-    .ok_or_else(|| missing("name"))?;
-    let mut nesting = 0;
-    let manifest = loop {
-        let bytes = cache.find(&digest, MAX_DOCUMENT_BYTES).await?.ok_or_else(|| missing("manifest"))?;
-        match Document::parse(&bytes, "")? {
-            Document::Manifest(manifest) => break manifest,
-            Document::Index(_) if nesting == MAX_NESTING => {
-                return Err(Error::invalid(format!("image {reference}"), "its image indexes list one another"));
-            }
-            Document::Index(index) => {
-                nesting += 1;
-                digest = descriptor_digest(Document::pick(&index, platform, "this machine")?)?;
-            }
+    let (cache, reference, platform) = (Cache { dir: cache_dir.to_owned() }, reference.clone(), platform.clone());
+    blocking(move || {
+        let missing = |what: &str| Error::NotFound {
+            source_name: "this machine".to_owned(),
+            what: format!("the {what} of {reference}"),
+        };
+        let digest = match digest_of(&reference) {
+            Some(digest) => digest,
+            None => cache.noted(&reference)?.ok_or_else(|| missing("name"))?,
+        };
+        let found = cache.documents(&reference, &Top::known(digest), &platform)?;
+        let documents = found.map_err(|lack| missing(lack.name()))?;
+        let path = cache.index_path(&documents.layers);
+        if !path.exists() {
+            return Err(missing("index"));
         }
-    };
-    let layers = Layers::of(&manifest)?;
-    let config = descriptor_digest(manifest.config())?;
-    cache.find(&config, MAX_CONFIG_BYTES).await?.ok_or_else(|| missing("configuration"))?;
-    let (path, index_digest) = (cache.path(&layers.index.index_digest, "index"), layers.index.index_digest);
-    let index = blocking(move || if path.exists() { Index::open(&path, &index_digest).map(Some) } else { Ok(None) });
-    Ok(KnownImage { manifest_digest: digest, index: index.await?.ok_or_else(|| missing("index"))? })
+        let index = Index::open(&path, &documents.layers.index.index_digest)?;
+        Ok(KnownImage { manifest_digest: documents.manifest_digest, index })
+    })
+    .await
 }
 
 /// Where an image is, best first.
 struct Places(Vec<Arc<Repository>>);
 
 impl Places {
-    /// For people.
-    fn name(&self) -> &str {
-        self.0.last().map_or("", |place| place.name())
-    }
-
     fn sources(self) -> Vec<Arc<dyn Source>> {
         self.0.into_iter().map(|place| place as Arc<dyn Source>).collect()
     }
@@ -183,87 +156,114 @@ async fn first<'a, T, F: Future<Output = Result<T>>>(
     Err(earlier.unwrap_or_else(|| Error::unreachable("the image", "it has no source")))
 }
 
-/// The document that the reference names, and a note of it for a time without the registry.
-async fn resolve(places: &Places, cache: &Cache, reference: &Reference) -> Result<RawDocument> {
-    if let Reference::Registry(reference) = reference
-        && let Some(digest) = &reference.digest
-    {
-        return document(places, cache, digest, "").await;
+/// The digest that a reference names its document by.
+fn digest_of(reference: &Reference) -> Option<Digest> {
+    match reference {
+        Reference::Registry(registry) => registry.digest,
+        _ => None,
     }
-    let note = cache.note(reference);
+}
+
+/// What a reference names: a manifest, or an image index.
+#[derive(Clone)]
+struct Top {
+    digest: Digest,
+    media_type: String,
+    /// The document, when it has just been asked for.
+    fresh: Option<Vec<u8>>,
+}
+
+impl Top {
+    /// A document that is to be found by its digest.
+    fn known(digest: Digest) -> Self {
+        Self { digest, media_type: String::new(), fresh: None }
+    }
+}
+
+/// What the reference names now, or named the last time when its places can't be reached.
+async fn resolve(places: &Places, cache: &Cache, reference: &Reference) -> Result<Top> {
+    if let Some(digest) = digest_of(reference) {
+        return Ok(Top::known(digest));
+    }
     match places.manifest().await {
-        Ok(raw) => {
-            cache.keep(&raw.digest, &raw.bytes).await?;
-            let (path, digest) = (note, raw.digest.to_string());
-            blocking(move || match read_small(&path, 128)? {
-                Some(known) if known == digest.as_bytes() => Ok(()),
-                _ => replace(&path, digest.as_bytes()),
-            })
-            .await?;
-            Ok(raw)
-        }
+        Ok(RawDocument { bytes, digest, media_type }) => Ok(Top { digest, media_type, fresh: Some(bytes) }),
         Err(error @ Error::Unreachable { .. }) => {
-            let Some(digest) = cache.noted(reference).await? else { return Err(error) };
-            let Some(bytes) = cache.find(&digest, MAX_DOCUMENT_BYTES).await? else { return Err(error) };
+            let (cache, noted) = (cache.clone(), reference.clone());
+            let Some(digest) = blocking(move || cache.noted(&noted)).await? else { return Err(error) };
             tracing::warn!(%reference, %digest, %error, "the image is used as it was found the last time");
-            Ok(RawDocument { bytes, digest, media_type: String::new() })
+            Ok(Top::known(digest))
         }
         Err(error) => Err(error),
     }
 }
 
-async fn document(places: &Places, cache: &Cache, digest: &Digest, media_type: &str) -> Result<RawDocument> {
-    if let Some(bytes) = cache.find(digest, MAX_DOCUMENT_BYTES).await? {
-        return Ok(RawDocument { bytes, digest: *digest, media_type: media_type.to_owned() });
-    }
-    let digest = *digest;
-    let raw = places.ask(|place| async move { place.manifest_by_digest(&digest).await }).await?;
-    cache.keep(&raw.digest, &raw.bytes).await?;
-    Ok(raw)
+/// All that must be local of an image before it can be read.
+struct Local {
+    documents: Documents,
+    index: Index,
 }
 
-async fn config(places: &Places, cache: &Cache, manifest: &oci_spec::image::ImageManifest) -> Result<Config> {
-    let digest = descriptor_digest(manifest.config())?;
-    let raw = match cache.find(&digest, MAX_CONFIG_BYTES).await? {
-        Some(raw) => raw,
-        None => {
-            let bytes = manifest.config().size();
-            let raw =
-                places.ask(|place| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await }).await?;
-            cache.keep(&digest, &raw).await?;
-            raw
+/// Makes an image's documents and index local. What is there is looked through in one piece of blocking work: that is all
+/// that a known image needs.
+async fn localize(
+    places: &Places,
+    cache: &Cache,
+    reference: &Reference,
+    top: &Top,
+    platform: &Platform,
+) -> Result<Local> {
+    for _ in 0..MOST_MISSING {
+        let (cache_here, reference, top, platform) = (cache.clone(), reference.clone(), top.clone(), platform.clone());
+        let found = blocking(move || {
+            cache_here.keep_top(&reference, &top)?;
+            let documents = match cache_here.documents(&reference, &top, &platform)? {
+                Ok(documents) => documents,
+                Err(missing) => return Ok(Err(missing)),
+            };
+            let index = open_local(&cache_here.index_path(&documents.layers), &documents.layers.index.index_digest)?;
+            Ok(match index {
+                Some(index) => Ok(Local { documents, index }),
+                None => Err(Missing::Index(documents.layers)),
+            })
+        });
+        match found.await? {
+            Ok(local) => return Ok(local),
+            Err(missing) => fetch(places, cache, missing).await?,
         }
-    };
-    Config::parse(raw)
+    }
+    let reason = "what was written there is gone or damaged as soon as it is read again; check the disk";
+    Err(Error::invalid(format!("directory {}", cache.dir.display()), reason))
 }
 
-async fn index(places: &Places, cache: &Cache, layers: &Layers) -> Result<Index> {
-    let layer = &layers.index;
-    let (path, digest) = (cache.path(&layer.index_digest, "index"), layer.index_digest);
-    if let Some(index) = blocking({
-        let path = path.clone();
-        move || open_local(&path, &digest)
-    })
-    .await?
-    {
-        return Ok(index);
-    }
+/// Fetches what is missing into the cache.
+async fn fetch(places: &Places, cache: &Cache, missing: Missing) -> Result<()> {
+    let (digest, bytes) = match missing {
+        Missing::Document(digest) => {
+            let raw = places.ask(|place| async move { place.manifest_by_digest(&digest).await }).await?;
+            (raw.digest, raw.bytes)
+        }
+        Missing::Config { digest, bytes } => {
+            let raw = places.ask(|place| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await });
+            (digest, raw.await?)
+        }
+        Missing::Index(layers) => return fetch_index(places, &layers, &cache.index_path(&layers)).await,
+    };
+    let cache = cache.clone();
+    blocking(move || cache.keep(&digest, &bytes)).await
+}
+
+async fn fetch_index(places: &Places, layers: &Layers, path: &Path) -> Result<()> {
     let mut tries = TRIES;
     loop {
         tries -= 1;
-        let unpack = |place: Arc<Repository>| {
-            let path = &path;
-            async move { unpack_index(&place, layer, path).await }
-        };
+        let unpack = |place: Arc<Repository>| async move { unpack_index(&place, &layers.index, path).await };
         match places.ask(unpack).await {
             Err(error @ (Error::Unreachable { .. } | Error::WrongBytes { .. })) if tries > 0 => {
                 tracing::warn!(%error, "fetching the index again");
             }
-            Err(error) => return Err(error),
-            Ok(()) => break,
+            result => return result,
         }
     }
-    blocking(move || Index::open(&path, &digest)).await
 }
 
 /// The index in the cache, if it is there and sound.
@@ -282,23 +282,46 @@ fn open_local(path: &Path, digest: &Digest) -> Result<Option<Index>> {
     }
 }
 
-/// Verified documents by digest.
+/// An image's documents.
+struct Documents {
+    /// Digest of the manifest.
+    manifest_digest: Digest,
+    layers: Layers,
+    /// The configuration, not parsed yet.
+    config: Vec<u8>,
+}
+
+/// What the cache has not.
+enum Missing {
+    Document(Digest),
+    Config { digest: Digest, bytes: u64 },
+    Index(Layers),
+}
+
+impl Missing {
+    /// For people.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Document(_) => "manifest",
+            Self::Config { .. } => "configuration",
+            Self::Index(_) => "index",
+        }
+    }
+}
+
+/// Verified documents and indexes by digest. Its methods block.
+#[derive(Clone)]
 struct Cache {
     dir: PathBuf,
 }
 
 impl Cache {
-    async fn open(dir: &Path) -> Result<Self> {
-        let dir = dir.to_owned();
-        blocking(move || {
-            std::fs::create_dir_all(&dir).map_err(|error| Error::io(format!("creating {}", dir.display()), error))?;
-            Ok(Self { dir })
-        })
-        .await
-    }
-
     fn path(&self, digest: &Digest, kind: &str) -> PathBuf {
         self.dir.join(format!("{}.{kind}", digest.hex()))
+    }
+
+    fn index_path(&self, layers: &Layers) -> PathBuf {
+        self.path(&layers.index.index_digest, "index")
     }
 
     /// Where it is noted what a reference named the last time.
@@ -306,23 +329,67 @@ impl Cache {
         self.path(&Digest::of(reference.to_string().as_bytes()), "ref")
     }
 
-    async fn noted(&self, reference: &Reference) -> Result<Option<Digest>> {
-        let note = self.note(reference);
-        let known = blocking(move || read_small(&note, 128)).await?;
+    fn noted(&self, reference: &Reference) -> Result<Option<Digest>> {
+        let known = read_small(&self.note(reference), 128)?;
         Ok(known.and_then(|text| std::str::from_utf8(&text).ok()?.parse().ok()))
     }
 
     /// The document with `digest`. One that was damaged on disk counts as absent.
-    async fn find(&self, digest: &Digest, max: u64) -> Result<Option<Vec<u8>>> {
-        let (path, digest) = (self.path(digest, "json"), *digest);
-        blocking(move || Ok(read_small(&path, max)?.filter(|bytes| Digest::of(bytes) == digest))).await
+    fn find(&self, digest: &Digest, max: u64) -> Result<Option<Vec<u8>>> {
+        Ok(read_small(&self.path(digest, "json"), max)?.filter(|bytes| Digest::of(bytes) == *digest))
     }
 
-    async fn keep(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
-        if self.find(digest, bytes.len() as u64).await.is_ok_and(|found| found.is_some()) {
+    fn keep(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
+        if self.find(digest, bytes.len() as u64).is_ok_and(|found| found.is_some()) {
             return Ok(());
         }
-        let (path, bytes) = (self.path(digest, "json"), bytes.to_vec());
-        blocking(move || replace(&path, &bytes)).await
+        replace(&self.path(digest, "json"), bytes)
+    }
+
+    /// Makes the cache, and keeps and notes a fresh document for a time without its places.
+    fn keep_top(&self, reference: &Reference, top: &Top) -> Result<()> {
+        let made = std::fs::create_dir_all(&self.dir);
+        made.map_err(|error| Error::io(format!("creating {}", self.dir.display()), error))?;
+        let Some(bytes) = &top.fresh else { return Ok(()) };
+        self.keep(&top.digest, bytes)?;
+        match self.noted(reference)? {
+            Some(known) if known == top.digest => Ok(()),
+            _ => replace(&self.note(reference), top.digest.to_string().as_bytes()),
+        }
+    }
+
+    /// The documents from the one that the reference names to the configuration, or the first that is not there.
+    fn documents(
+        &self,
+        reference: &Reference,
+        top: &Top,
+        platform: &Platform,
+    ) -> Result<std::result::Result<Documents, Missing>> {
+        let Top { mut digest, mut media_type, fresh } = top.clone();
+        let (mut bytes, mut nesting) = (fresh, 0);
+        let manifest = loop {
+            let found = match bytes.take() {
+                Some(bytes) => Some(bytes),
+                None => self.find(&digest, MAX_DOCUMENT_BYTES)?,
+            };
+            let Some(found) = found else { return Ok(Err(Missing::Document(digest))) };
+            match Document::parse(&found, &media_type)? {
+                Document::Manifest(manifest) => break manifest,
+                Document::Index(_) if nesting == MAX_NESTING => {
+                    return Err(Error::invalid(format!("image {reference}"), "its image indexes list one another"));
+                }
+                Document::Index(index) => {
+                    nesting += 1;
+                    let entry = Document::pick(&index, platform, &reference.to_string())?;
+                    (digest, media_type) = (descriptor_digest(entry)?, entry.media_type().to_string());
+                }
+            }
+        };
+        let layers = Layers::of(&manifest)?;
+        let config = descriptor_digest(manifest.config())?;
+        Ok(match self.find(&config, MAX_CONFIG_BYTES)? {
+            Some(config) => Ok(Documents { manifest_digest: digest, layers, config }),
+            None => Err(Missing::Config { digest: config, bytes: manifest.config().size() }),
+        })
     }
 }
