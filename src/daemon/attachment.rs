@@ -203,13 +203,11 @@ impl Attachment {
 /// # Errors
 /// What the system says.
 pub fn remove_unknown(config: &Config, known: &[&Path]) -> Result<()> {
-    if ublk::obstacle().is_none() {
-        let mark = mark(&config.root);
-        let known: Vec<u32> = known.iter().filter_map(|path| ublk::number_of(path)).collect();
-        for number in ublk::all_of(mark)?.into_iter().filter(|number| !known.contains(number)) {
-            tracing::warn!("the ublk device {number} was left half made by an earlier daemon and is removed");
-            ublk::remove_abandoned(number, mark)?;
-        }
+    let mark = mark(&config.root);
+    let known_to_ublk: Vec<u32> = known.iter().filter_map(|path| ublk::number_of(path)).collect();
+    for number in ublk::all_of(mark)?.into_iter().filter(|number| !known_to_ublk.contains(number)) {
+        tracing::warn!("the ublk device {number} was left half made by an earlier daemon and is removed");
+        ublk::remove_abandoned(number, mark)?;
     }
     let known: Vec<u32> = known.iter().filter_map(|path| kernel::index_of(path)).collect();
     for index in kernel::all_of(&node(&config.root)).into_iter().filter(|index| !known.contains(index)) {
@@ -277,9 +275,9 @@ pub struct Choice {
 /// # Errors
 /// [`Error::Unsupported`] when the one that was asked for, or every one, is not possible; [`Error::Invalid`] for a name
 /// that is none.
-pub fn choose(wanted: &str) -> Result<Choice> {
+pub fn choose(wanted: &str, transports: &Transports) -> Result<Choice> {
     choose_from(wanted, |name| match name {
-        "ublk" => ublk::obstacle(),
+        "ublk" => ublk::obstacle(&transports.ublk),
         "nbd" => kernel::obstacle(),
         _ => loop_device(Path::new("/dev")),
     })
@@ -310,7 +308,10 @@ fn choose_from(wanted: &str, obstacle: impl Fn(&str) -> Option<String>) -> Resul
 }
 
 fn impossible(reasons: &[String]) -> Error {
-    Error::Unsupported(format!("no transport is possible here ({})", reasons.join("; ")))
+    let reasons = reasons.join("; ");
+    Error::Unsupported(format!(
+        "no transport is possible here ({reasons}); `firstread export` serves programs over NBD and vhost-user, and needs neither privileges nor drivers"
+    ))
 }
 
 fn loop_device(dev: &Path) -> Option<String> {

@@ -86,7 +86,7 @@ impl Node {
     /// An image that can't be opened, or a transport that can't be had.
     pub async fn attach(&self, request: &Attach) -> std::result::Result<Attached, Problem> {
         self.accepting()?;
-        let mut choice = attachment::choose(&request.transport)?;
+        let mut choice = attachment::choose(&request.transport, &self.transports)?;
         let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
         let reserved = self.devices.reserve(&name_of(&image.reference));
         let opened = match &request.writable {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 
 use super::holders::{self, Holder};
 use super::read_ahead;
@@ -38,6 +39,7 @@ const NEEDED: [(u64, &str); 4] = [
     (F_USER_RECOVERY, "recovery"),
     (F_USER_RECOVERY_REISSUE, "recovery with reissue"),
 ];
+const CONTROL: &str = "/dev/ublk-control";
 /// Largest request in bytes.
 const IO_MAX: u32 = 1 << 20;
 /// Most requests in flight of a queue.
@@ -77,15 +79,22 @@ pub enum Users {
 
 /// Why there can be no ublk devices here; `None` when there can.
 #[must_use]
-pub fn obstacle() -> Option<String> {
-    if !Path::new("/dev/ublk-control").exists() {
+pub fn obstacle(server: &UblkServer) -> Option<String> {
+    if !Path::new(CONTROL).exists() {
         return Some(
             "the kernel does not offer it (no /dev/ublk-control; `modprobe ublk_drv` if it is a module)".into(),
         );
     }
-    let features = match Control::open().and_then(|mut control| control.features()) {
-        Ok(features) => features,
-        Err(error) => return Some(format!("/dev/ublk-control can't be used (it needs Linux 6.5): {error}")),
+    // Unprivileged devices are another thing: the driver refuses them recovery and user copy, so that a kill would be an error.
+    let privileged =
+        rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
+    if !privileged {
+        return Some("it needs CAP_SYS_ADMIN: the kernel lets no other device survive its server".into());
+    }
+    let features = match server.control(|control| Ok(control.features())) {
+        Ok(Ok(features)) => features,
+        Ok(Err(error)) => return Some(format!("/dev/ublk-control can't be used (it needs Linux 6.5): {error}")),
+        Err(error) => return Some(error.to_string()),
     };
     let missing = NEEDED.iter().find(|(feature, _)| features & feature == 0);
     missing.map(|(_, name)| format!("the kernel's driver has no {name}"))
@@ -109,13 +118,21 @@ pub struct UblkAttachment {
 /// # Errors
 /// What the system says; then nothing is left behind.
 pub fn attach(server: &Arc<UblkServer>, device: Arc<dyn Device>, read_ahead_kb: u32) -> Result<UblkAttachment> {
-    let mut control = open_control()?;
+    server.control(|control| attach_by(control, server, device, read_ahead_kb))
+}
+
+fn attach_by(
+    control: &mut Control,
+    server: &Arc<UblkServer>,
+    device: Arc<dyn Device>,
+    read_ahead_kb: u32,
+) -> Result<UblkAttachment> {
     let options = server.options();
     let (queues, depth) = (options.queues.max(1), options.queue_depth.clamp(1, QUEUE_DEPTH_MAX));
     let mut info = DeviceInfo::wanted(queues, depth, IO_MAX, needed_flags(), server.mark().0);
     control.add(&mut info).map_err(|error| Error::io("make a ublk device", error))?;
     let number = info.number;
-    let started = || -> Result<UblkAttachment> {
+    let started = |control: &mut Control| -> Result<UblkAttachment> {
         let failed = |what: &str| {
             let action = format!("{what} the ublk device {number}");
             move |error| Error::io(action, error)
@@ -132,8 +149,8 @@ pub fn attach(server: &Arc<UblkServer>, device: Arc<dyn Device>, read_ahead_kb: 
         wait_for_node(&path)?;
         Ok(UblkAttachment { path, number, served, server: Arc::clone(server) })
     };
-    started().inspect_err(|_| {
-        if let Err(error) = open_control().and_then(|mut control| remove(&mut control, number)) {
+    started(control).inspect_err(|_| {
+        if let Err(error) = remove(control, number) {
             tracing::warn!("the ublk device {number} stays behind: {error}");
         }
     })
@@ -202,11 +219,14 @@ pub fn recover(server: &Arc<UblkServer>, number: u32, device: Arc<dyn Device>) -
     Ok(Recovered::Attached(UblkAttachment { path: block_device(number), number, served, server: Arc::clone(server) }))
 }
 
-/// The numbers of all devices with this mark.
+/// The numbers of all devices with this mark; none where the kernel has no ublk.
 ///
 /// # Errors
 /// What the system says.
 pub fn all_of(mark: Mark) -> Result<Vec<u32>> {
+    if !Path::new(CONTROL).exists() {
+        return Ok(Vec::new());
+    }
     let mut control = open_control()?;
     let entries = fs::read_dir("/dev").map_err(|error| Error::io("read /dev", error))?;
     let names = entries.flatten().map(|entry| entry.file_name());
@@ -282,15 +302,16 @@ impl UblkAttachment {
         }
         // Nothing may keep the kernel waiting for an answer, or it never stops the device.
         self.server.fail(&self.served);
-        let mut control = open_control()?;
-        control.stop(self.number).map_err(|error| Error::io(format!("stop {}", self.path.display()), error))?;
-        if !self.served.wait_until_ended(ENDING) {
-            return Err(Error::Busy(format!("the queues of {} do not end", self.path.display())));
-        }
-        match users {
-            Users::Respect => remove(&mut control, self.number),
-            Users::Fail => remove_later(&mut control, self.number),
-        }
+        self.server.control(|control| {
+            control.stop(self.number).map_err(|error| Error::io(format!("stop {}", self.path.display()), error))?;
+            if !self.served.wait_until_ended(ENDING) {
+                return Err(Error::Busy(format!("the queues of {} do not end", self.path.display())));
+            }
+            match users {
+                Users::Respect => remove(control, self.number),
+                Users::Fail => remove_later(control, self.number),
+            }
+        })
     }
 }
 

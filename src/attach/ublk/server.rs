@@ -9,10 +9,10 @@ use sha2::{Digest as _, Sha256};
 use tokio::runtime::Handle;
 
 use super::queue::{Inbox, Message, QueueThread, Served};
-use super::{Shared, UblkOptions};
+use super::{Shared, UblkOptions, open_control};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::sys::ublk::{QueueFiles, QueueRing};
+use crate::sys::ublk::{Control, QueueFiles, QueueRing};
 
 /// Most threads; a queue's thread answers some hundred thousand requests a second.
 const THREADS_MAX: usize = 4;
@@ -45,6 +45,8 @@ pub struct UblkServer {
     runtime: Handle,
     threads: Shared<Vec<Thread>>,
     next: AtomicUsize,
+    /// The control device, while nobody gives commands.
+    idle: Shared<Option<Control>>,
 }
 
 struct Thread {
@@ -62,7 +64,21 @@ impl UblkServer {
     /// A server whose misses run on `runtime`.
     #[must_use]
     pub fn new(options: UblkOptions, mark: Mark, runtime: Handle) -> Arc<Self> {
-        Arc::new(Self { options, mark, runtime, threads: Shared::default(), next: AtomicUsize::new(0) })
+        let (threads, next, idle) = (Shared::default(), AtomicUsize::new(0), Shared::default());
+        Arc::new(Self { options, mark, runtime, threads, next, idle })
+    }
+
+    /// Runs commands on the control device, which is kept open afterwards: opening it takes as long as several commands.
+    /// Commands wait, so that whoever finds it in use opens another one.
+    pub(super) fn control<T>(&self, commands: impl FnOnce(&mut Control) -> Result<T>) -> Result<T> {
+        let idle = self.idle.lock().take();
+        let mut control = match idle {
+            Some(control) => control,
+            None => open_control()?,
+        };
+        let result = commands(&mut control);
+        *self.idle.lock() = Some(control);
+        result
     }
 
     pub(super) fn options(&self) -> UblkOptions {

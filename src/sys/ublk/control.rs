@@ -47,6 +47,8 @@ pub enum Writes {
 pub struct Control {
     ring: IoUring<squeue::Entry128, cqueue::Entry>,
     file: File,
+    /// The driver's, once they were asked for: it stays the same while this file is open.
+    features: Option<u64>,
 }
 
 impl Control {
@@ -56,7 +58,7 @@ impl Control {
     /// What the system says.
     pub fn open() -> io::Result<Self> {
         let file = File::options().read(true).write(true).open("/dev/ublk-control")?;
-        Ok(Self { ring: IoUring::builder().build(2)?, file })
+        Ok(Self { ring: IoUring::builder().build(2)?, file, features: None })
     }
 
     /// The features that the driver has, `F_…`.
@@ -64,8 +66,12 @@ impl Control {
     /// # Errors
     /// What the system says; EOPNOTSUPP before 6.5.
     pub fn features(&mut self) -> io::Result<u64> {
+        if let Some(features) = self.features {
+            return Ok(features);
+        }
         let mut features = 0u64;
         self.with(GET_FEATURES, u32::MAX, &mut features)?;
+        self.features = Some(features);
         Ok(features)
     }
 
