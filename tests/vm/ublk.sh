@@ -57,3 +57,15 @@ fr stop
 ! ls /dev/ublkb* 2>/dev/null || die "devices are left"
 ! ls /dev/ublkc* 2>/dev/null || die "character devices are left"
 echo "8 devices at a time, the same bytes each, all gone after stop"
+
+# Without privileges: the driver would make a device that does not survive its server; that is not what was asked for.
+chmod 666 /dev/ublk-control
+chown -R nobody "$WORK/root" "$WORK/run"
+# The one that cargo built may be where others can't go.
+cp "$FIRSTREAD" "$WORK/firstread"
+user() { setpriv --reuid nobody --regid nogroup --clear-groups "$WORK/firstread" --root "$WORK/root" --run "$WORK/run" "$@"; }
+! user attach --transport ublk "$IMAGE" 2>"$WORK/refusal" || die "a device without privileges"
+grep -q "needs CAP_SYS_ADMIN" "$WORK/refusal" || die "$(cat "$WORK/refusal")"
+! user attach "$IMAGE" 2>"$WORK/refusal" || die "a device without privileges"
+grep -q "firstread export" "$WORK/refusal" || die "$(cat "$WORK/refusal")"
+user stop
