@@ -7,33 +7,23 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::IntoBytes;
 
 use super::layout::{
-    BLOCK_SIZE, DESCRIPTOR_SIZE, DirEntry, Extent, ExtentHeader, ExtentIndex, INODE_SIZE, ROOT_INODE, RawInode,
-    SUPERBLOCK_OFFSET, SuperBlock, inode_flag,
+    BLOCK_SIZE, DirEntry, Extent, ExtentHeader, ExtentIndex, INODE_SIZE, ROOT_INODE, RawInode, inode_flag,
 };
-use crate::error::{Error, Result};
+use super::reader::{Opened, ReadBlocks, Reader, invalid, parse};
+use crate::error::Result;
 
 /// Most names, and most bytes of them.
 const MAX_NAMES: usize = 4 << 20;
 const MAX_NAME_BYTES: usize = 256 << 20;
 /// Most pieces that files are in.
 const MAX_RUNS: usize = 8 << 20;
-/// Most groups: twice as many as 16 TiB have.
-const MAX_GROUPS: u32 = 1 << 18;
-/// Most blocks that are looked at, inode tables and directories together.
-const MAX_BLOCKS: u64 = 8 << 20;
 /// Deepest extent tree (`EXT4_MAX_EXTENT_DEPTH`).
 const MAX_DEPTH: u16 = 5;
 
-const MAGIC: u16 = 0xef53;
 const EXTENT_MAGIC: u16 = 0xf30a;
-/// `EXT4_FEATURE_INCOMPAT_64BIT`.
-const INCOMPAT_64BIT: u32 = 0x80;
-/// Features with which blocks mean something else: meta_bg, inline data, encryption, casefolding and so on leave the
-/// rest readable, a journal to be replayed or compression do not.
-const INCOMPAT_UNREADABLE: u32 = 0x1 | 0x4 | 0x8 | 0x10;
 /// An inode whose data is in the inode itself (`EXT4_INLINE_DATA_FL`).
 const INLINE_DATA: u32 = 0x1000_0000;
 
@@ -41,11 +31,6 @@ const TYPE_MASK: u16 = 0o170_000;
 const TYPE_DIRECTORY: u16 = 0o040_000;
 const TYPE_FILE: u16 = 0o100_000;
 const TYPE_LINK: u16 = 0o120_000;
-
-/// Blocks that are read at once: a chunk's worth of metadata.
-const WINDOW_BLOCKS: u64 = 64;
-/// Windows that are kept.
-const WINDOWS: usize = 64;
 
 /// What a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +62,8 @@ struct Name {
     len: u8,
     kind: Option<Type>,
     inode: u32,
+    size: u64,
+    mark: Option<u32>,
 }
 
 /// The names of a file system and the blocks that belong to them.
@@ -114,6 +101,12 @@ impl Names {
     #[must_use]
     pub fn kind(&self, name: u32) -> Option<Type> {
         self.names.get(name as usize)?.kind
+    }
+
+    /// Length in bytes of the file that the name stands for; 0 for a further name of a file that has several.
+    #[must_use]
+    pub fn size(&self, name: u32) -> u64 {
+        self.names.get(name as usize).map_or(0, |name| name.size)
     }
 
     /// The directory that has the name; the root is its own.
@@ -162,6 +155,13 @@ impl Names {
         self.names.get(name as usize).map_or(0, |name| name.inode)
     }
 
+    /// A checksum of each inode without the time of its last access: two that differ tell that something about the file
+    /// changed, its content included, since a write changes its times.
+    #[must_use]
+    pub fn marks(&self) -> HashMap<u32, u32> {
+        self.names.iter().filter_map(|name| Some((name.inode, name.mark?))).collect()
+    }
+
     /// The runs of each inode, in the order of the file.
     #[must_use]
     pub fn by_inode(&self) -> HashMap<u32, Vec<Run>> {
@@ -198,57 +198,32 @@ impl Names {
     }
 }
 
-/// Reads `buf.len()` bytes from the device block given, whole blocks; the range is inside the device.
-pub type ReadBlocks<'a> = dyn FnMut(u32, &mut [u8]) -> Result<()> + 'a;
-
 /// Reads the names of the file system on a device of `device_bytes`; `None` when there is none that this can read:
 /// another file system, or one with other blocks than 4 KiB.
 ///
 /// # Errors
 /// What `read` says, and [`Error::Invalid`] for a file system that is damaged or unreasonably large.
 pub fn read_names(device_bytes: u64, read: &mut ReadBlocks<'_>) -> Result<Option<Names>> {
-    let device_blocks = u32::try_from(device_bytes / BLOCK_SIZE as u64).unwrap_or(u32::MAX);
-    let mut reader = Reader { read, device_blocks, windows: VecDeque::new(), left: MAX_BLOCKS };
-    if device_blocks < 2 {
-        return Ok(None);
-    }
-    let first = reader.block(0)?;
-    let sb: SuperBlock = parse(&first, SUPERBLOCK_OFFSET)?;
-    let incompat = sb.feature_incompat.get();
-    let block_size_log = sb.log_block_size.get();
-    if sb.magic.get() != MAGIC || block_size_log != 2 || incompat & INCOMPAT_UNREADABLE != 0 {
-        return Ok(None);
-    }
-    let inode_size = if sb.revision.get() == 0 { 128 } else { u32::from(sb.inode_size.get()) };
-    let descriptor =
-        if incompat & INCOMPAT_64BIT != 0 { usize::from(sb.descriptor_size.get()) } else { DESCRIPTOR_SIZE };
-    let (per_group, inodes) = (sb.inodes_per_group.get(), sb.inodes_count.get());
-    let sane_inode = inode_size.is_power_of_two() && (128..=BLOCK_SIZE as u32).contains(&inode_size);
-    let sane_descriptor = descriptor.is_power_of_two() && (DESCRIPTOR_SIZE..=1024).contains(&descriptor);
-    if !sane_inode || !sane_descriptor || per_group == 0 || inodes < ROOT_INODE {
-        return Err(invalid("its superblock is out of bounds"));
-    }
-    let groups = inodes.div_ceil(per_group);
-    if groups > MAX_GROUPS {
-        return Err(invalid(format!("it has {groups} groups")));
-    }
-    let per_block = (BLOCK_SIZE / descriptor) as u32;
-    let mut tables = Vec::new();
-    for group in 0..groups {
-        let block = reader.block(1 + group / per_block)?;
-        let at = (group % per_block) as usize * descriptor;
-        let raw: super::layout::GroupDescriptor = parse(&block, at)?;
-        tables.push(raw.inode_table.get());
-    }
+    let mut reader = Reader::new(device_bytes, read);
+    let Some(opened) = Opened::read(&mut reader)? else { return Ok(None) };
     let names = Names {
-        names: vec![Name { parent: ROOT, start: 0, len: 0, kind: Some(Type::Directory), inode: ROOT_INODE }],
+        names: vec![Name {
+            parent: ROOT,
+            start: 0,
+            len: 0,
+            kind: Some(Type::Directory),
+            inode: ROOT_INODE,
+            size: 0,
+            mark: None,
+        }],
         bytes: Vec::new(),
         runs: Vec::new(),
-        tables,
-        inodes_per_group: per_group,
-        inode_size,
+        tables: opened.groups.iter().map(|group| group.inode_table.get()).collect(),
+        inodes_per_group: opened.superblock.inodes_per_group.get(),
+        inode_size: opened.inode_size,
         own: HashMap::new(),
     };
+    let inodes = opened.superblock.inodes_count.get();
     let mut walk = Walk { reader, names, seen: HashSet::from([ROOT_INODE]), inodes };
     walk.run()?;
     let mut names = walk.names;
@@ -263,36 +238,6 @@ pub fn read_names(device_bytes: u64, read: &mut ReadBlocks<'_>) -> Result<Option
         free
     });
     Ok(Some(names))
-}
-
-struct Reader<'a, 'b> {
-    read: &'a mut ReadBlocks<'b>,
-    device_blocks: u32,
-    windows: VecDeque<(u64, Vec<u8>)>,
-    /// Blocks that may still be looked at.
-    left: u64,
-}
-
-impl Reader<'_, '_> {
-    fn block(&mut self, block: u32) -> Result<Vec<u8>> {
-        if block >= self.device_blocks {
-            return Err(invalid(format!("it refers to block {block}, behind its end")));
-        }
-        self.left = self.left.checked_sub(1).ok_or_else(|| invalid("it has too many directories to look at"))?;
-        let window = u64::from(block) / WINDOW_BLOCKS;
-        if !self.windows.iter().any(|(known, _)| *known == window) {
-            let first = window * WINDOW_BLOCKS;
-            let blocks = WINDOW_BLOCKS.min(u64::from(self.device_blocks) - first);
-            let mut bytes = vec![0; blocks as usize * BLOCK_SIZE];
-            (self.read)(first as u32, &mut bytes)?;
-            self.windows.truncate(WINDOWS - 1);
-            self.windows.push_front((window, bytes));
-        }
-        let at = (u64::from(block) % WINDOW_BLOCKS) as usize * BLOCK_SIZE;
-        let found = self.windows.iter().find(|(known, _)| *known == window);
-        let bytes = found.and_then(|(_, bytes)| bytes.get(at..at + BLOCK_SIZE));
-        bytes.map(<[u8]>::to_vec).ok_or_else(|| invalid("a block of it is missing"))
-    }
 }
 
 struct Walk<'a, 'b> {
@@ -329,7 +274,7 @@ impl Walk<'_, '_> {
         }
         let (number, start) = (names.names.len() as u32, names.bytes.len() as u32);
         names.bytes.extend_from_slice(name);
-        names.names.push(Name { parent, start, len: name.len() as u8, kind: None, inode });
+        names.names.push(Name { parent, start, len: name.len() as u8, kind: None, inode, size: 0, mark: None });
         Ok(number)
     }
 
@@ -346,6 +291,16 @@ impl Walk<'_, '_> {
             to.copy_from_slice(from);
         }
         let raw: RawInode = parse(&whole, 0)?;
+        let untouched = RawInode {
+            atime: 0.into(),
+            atime_extra: 0.into(),
+            checksum_low: 0.into(),
+            checksum_high: 0.into(),
+            ..raw.clone()
+        };
+        if let Some(entry) = self.names.names.get_mut(name as usize) {
+            entry.mark = Some(crc32c::crc32c(untouched.as_bytes()));
+        }
         let kind = match raw.mode.get() & TYPE_MASK {
             TYPE_DIRECTORY => Type::Directory,
             TYPE_FILE => Type::File,
@@ -365,6 +320,7 @@ impl Walk<'_, '_> {
         }
         if let Some(entry) = self.names.names.get_mut(name as usize) {
             entry.kind = Some(kind);
+            entry.size = u64::from(raw.size_high.get()) << 32 | u64::from(raw.size_low.get());
         }
         Ok(Some(kind))
     }
@@ -446,13 +402,4 @@ impl Walk<'_, '_> {
         }
         Ok(())
     }
-}
-
-fn parse<T: FromBytes + Immutable + KnownLayout + Unaligned>(bytes: &[u8], at: usize) -> Result<T> {
-    let from = bytes.get(at..).unwrap_or_default();
-    T::read_from_prefix(from).map(|(value, _)| value).map_err(|_| invalid("a structure is cut off"))
-}
-
-fn invalid(reason: impl Into<String>) -> Error {
-    Error::invalid("ext4 file system", reason)
 }
