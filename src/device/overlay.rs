@@ -150,6 +150,7 @@ impl Overlay {
         if whole.start >= whole.end {
             return Ok(());
         }
+        self.upper.released().await;
         let claim = self.upper.claims().take(whole.clone()).await;
         // The disk's time, not a source's.
         let upper = Arc::clone(&self.upper);
@@ -164,6 +165,7 @@ impl Overlay {
         if self.write_local(offset, data)? == Local::Done {
             return Ok(());
         }
+        self.upper.released().await;
         let end = offset + data.len() as u64;
         let claim = self.upper.claims().take(offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).await;
         let (head, tail) = self.incomplete(offset, end);
@@ -252,6 +254,9 @@ impl Device for Overlay {
         check_range(self.size(), offset, data.len() as u64)?;
         if data.is_empty() {
             return Ok(Local::Done);
+        }
+        if self.upper.is_held() {
+            return Ok(Local::Missing);
         }
         let end = offset + data.len() as u64;
         let blocks = offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);

@@ -55,6 +55,13 @@ impl Live {
     }
 }
 
+/// What tells this start of the machine from others; empty where the system does not say.
+#[must_use]
+pub fn boot() -> String {
+    // proc_sys_kernel_random in Linux' Documentation/admin-guide/sysctl/kernel.rst.
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
 /// The name of a start of the machine behind its checksum.
 fn header(boot: &str) -> Vec<u8> {
     let mut header = crc32c::crc32c(boot.as_bytes()).to_le_bytes().to_vec();

@@ -48,16 +48,20 @@ use crate::index::{BLOCK, DEVICE_MAX};
 use crate::media::{Directory, Media, MediaDir};
 
 mod claims;
+mod copy;
 mod flusher;
+mod gate;
 mod header;
 mod live;
 mod map;
 
 pub use claims::{Claim, Claims};
 use flusher::Flusher;
+use gate::Gate;
 use header::Header;
 pub use header::LowerIdentity;
 use live::Live;
+pub use live::boot;
 use map::BlockMap;
 
 const DATA: &str = "data";
@@ -99,6 +103,7 @@ pub struct Upper {
     live: Live,
     map: BlockMap,
     claims: Arc<Claims>,
+    gate: Gate,
     flusher: Flusher,
     /// Why `data` can't be trusted any more.
     failed: OnceLock<Error>,
@@ -191,6 +196,7 @@ impl Upper {
             live,
             map,
             claims: Arc::new(Claims::default()),
+            gate: Gate::default(),
             flusher: Flusher::default(),
             failed: OnceLock::new(),
             lock: Mutex::default(),
@@ -213,6 +219,17 @@ impl Upper {
     #[must_use]
     pub fn claims(&self) -> &Arc<Claims> {
         &self.claims
+    }
+
+    /// Whether it is being copied: a write would block meanwhile.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.gate.is_closed()
+    }
+
+    /// Waits until nobody copies it.
+    pub async fn released(&self) {
+        self.gate.opened().await;
     }
 
     /// Whether block `start` is in the upper, and how many blocks from there on, before `end`, are alike.
@@ -260,6 +277,7 @@ impl Upper {
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.check()?;
         check_range(self.size, offset, bytes.len() as u64)?;
+        let _inside = self.gate.enter();
         self.data.write(offset, bytes).map_err(|error| self.error("write to", error))
     }
 
@@ -271,6 +289,7 @@ impl Upper {
         self.check()?;
         let (mut offset, len) = (blocks.start * BLOCK_BYTES, (blocks.end - blocks.start) * BLOCK_BYTES);
         check_range(self.size, offset, len)?;
+        let _inside = self.gate.enter();
         if how != Zeroing::Allocated {
             match self.data.punch(offset, len) {
                 Err(error) if error.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) => {}
