@@ -20,7 +20,8 @@
 //!
 //! * Nothing reaches a reader or the pool that did not pass [`chunk::verify`].
 //! * Every request of a device is answered: with data, or with the errno of the [`error::Error`] that stopped it.
-//! * No lock is held across I/O.
+//! * No lock is held across I/O; but for the gate of an upper, which writers pass together, and which is closed while a commit
+//!   copies it.
 
 pub mod attach;
 #[cfg(feature = "build")]

@@ -83,6 +83,32 @@ pub fn find(path: &Path) -> Vec<Holder> {
     holders
 }
 
+/// A path into the file system on the block device at `path`, if it is mounted: through the root directory of a process
+/// that sees the mount, where this one does not.
+#[must_use]
+pub fn way_in(path: &Path) -> Option<PathBuf> {
+    let device = fs::metadata(path).ok()?.rdev();
+    let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let mut namespaces = HashSet::new();
+    for pid in ["self".to_owned()].into_iter().chain(pids()) {
+        let process = PathBuf::from("/proc").join(&pid);
+        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
+        if !namespaces.insert(namespace) {
+            continue;
+        }
+        for holder in mounts(&process, &number, None) {
+            let Holder::Mount { point, .. } = holder else { continue };
+            let inside = process.join("root").join(point.strip_prefix("/").unwrap_or(&point));
+            let way = if pid == "self" { point } else { inside };
+            // Something else may be mounted over it.
+            if fs::metadata(&way).is_ok_and(|found| found.dev() == device) {
+                return Some(way);
+            }
+        }
+    }
+    None
+}
+
 /// Waits until nobody uses the block device at `path`: a second for processes that have it open, no time for mounts and
 /// devices.
 ///

@@ -2,7 +2,8 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
 
 use clap::Args;
 
@@ -52,10 +53,28 @@ impl Build {
 /// # Errors
 /// A builder that is not there.
 pub fn exec(verb: &str, arguments: &[OsString]) -> Outcome {
+    let builder = builder()?;
+    let error = Command::new(&builder).arg(verb).args(arguments).exec();
+    Err(not_run(&builder, &error))
+}
+
+/// Runs the builder, and waits for it.
+///
+/// # Errors
+/// A builder that is not there.
+pub fn run(verb: &str, arguments: &[OsString]) -> Outcome<ExitStatus> {
+    let builder = builder()?;
+    Command::new(&builder).arg(verb).args(arguments).status().map_err(|error| not_run(&builder, &error))
+}
+
+fn builder() -> Outcome<PathBuf> {
     let program = std::env::current_exe()
         .map_err(|error| Problem::new(Kind::Failed, format!("finding this program's directory: {error}")))?;
-    let builder = program.with_file_name(BUILDER);
-    let error = Command::new(&builder).arg(verb).args(arguments).exec();
-    Err(Problem::new(Kind::Failed, format!("running the builder {}: {error}", builder.display()))
-        .hint(format!("{BUILDER} belongs beside {}; install both", program.display())))
+    Ok(program.with_file_name(BUILDER))
+}
+
+fn not_run(builder: &Path, error: &std::io::Error) -> Problem {
+    let dir = builder.parent().unwrap_or(builder);
+    Problem::new(Kind::Failed, format!("running the builder {}: {error}", builder.display()))
+        .hint(format!("{BUILDER} belongs beside this program in {}; install both", dir.display()))
 }

@@ -5,10 +5,12 @@
 
 mod attach;
 mod build;
+mod commit;
 mod connect;
 mod daemon;
 mod detach;
 mod export;
+mod freeze;
 mod inspect;
 mod list;
 mod mount;
@@ -71,6 +73,8 @@ enum Verb {
     Umount(mount::Umount),
     /// Detach a device, or all
     Detach(detach::Detach),
+    /// Publish what was written to a device as an image of its own; the device goes on
+    Commit(commit::Commit),
     /// Serve an image to another program, in the foreground until stopped
     Export(export::Export),
     /// List the devices
@@ -99,6 +103,9 @@ enum Verb {
     Daemon(daemon::Daemon),
     /// Detach all and stop the daemon
     Stop(stop::Stop),
+    /// Holds a file system frozen for `commit`
+    #[command(name = "hold-frozen", hide = true)]
+    Hold(freeze::Hold),
     /// The container that `record` runs a program in
     #[command(name = "record-inside", hide = true)]
     RecordInside(record::Inside),
@@ -143,6 +150,9 @@ fn dispatch(arguments: Arguments) -> Outcome {
     if let Verb::RecordInside(verb) = arguments.verb {
         return verb.run();
     }
+    if let Verb::Hold(verb) = arguments.verb {
+        return verb.run();
+    }
     let context = Context::new(global)?;
     match arguments.verb {
         Verb::Inspect(verb) => verb.run(&context),
@@ -151,6 +161,7 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Mount(verb) => verb.run(&context),
         Verb::Umount(verb) => verb.run(&context),
         Verb::Detach(verb) => verb.run(&context),
+        Verb::Commit(verb) => verb.run(&context),
         Verb::Export(verb) => verb.run(&context),
         Verb::List(verb) => verb.run(&context),
         Verb::Status(verb) => verb.run(&context),
@@ -163,7 +174,7 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Upper(verb) => verb.run(&context),
         Verb::Pool(verb) => verb.run(&context),
         Verb::Stop(verb) => verb.run(&context),
-        Verb::Build(_) | Verb::Optimize(_) | Verb::Daemon(_) | Verb::RecordInside(_) => Ok(()),
+        Verb::Build(_) | Verb::Optimize(_) | Verb::Daemon(_) | Verb::Hold(_) | Verb::RecordInside(_) => Ok(()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `firstread upper`: what was written to devices and is kept.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -8,8 +9,10 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use super::Outcome;
+use super::build;
+use super::commit::{access_arguments, finish, written};
 use super::connect::connect;
-use super::options::{Context, absolute};
+use super::options::{AccessOptions, Context, absolute};
 use super::output::{size, table};
 use crate::daemon::control::{Call, DeviceInfo, Kind, Problem};
 use crate::device::upper;
@@ -19,8 +22,23 @@ use crate::device::upper;
 pub enum Upper {
     /// List the uppers of the devices, and those in the named directories: what they belong to, how large they are
     List(List),
+    /// Show which files changed, and how much was written: A added, C changed, D deleted
+    Diff(Diff),
     /// Remove what was written, and the directory
     Discard(Discard),
+}
+
+/// Arguments of `upper diff`.
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// A writable device (id, device path or mountpoint), or the directory of an upper
+    #[arg(value_name = "ID|DIR")]
+    target: String,
+    /// Directory for temporary files
+    #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/tmp")]
+    temp: PathBuf,
+    #[command(flatten)]
+    access: AccessOptions,
 }
 
 /// Arguments of `upper list`.
@@ -62,12 +80,24 @@ impl Upper {
     pub fn run(&self, context: &Context) -> Outcome {
         match self {
             Self::List(verb) => verb.run(context),
+            Self::Diff(verb) => verb.run(context),
             Self::Discard(verb) => {
                 let found = describe(&absolute(&verb.dir)?, None)?;
                 upper::discard(&found.dir)?;
                 context.output.answer(&found, |found| format!("{}: removed", found.dir.display()))
             }
         }
+    }
+}
+
+impl Diff {
+    fn run(&self, context: &Context) -> Outcome {
+        let written = written(&self.target, context)?;
+        let mut arguments: Vec<OsString> = vec!["--upper".into(), written.dir.as_os_str().to_owned()];
+        arguments.extend(["--temp".into(), absolute(&self.temp)?.into()]);
+        arguments.extend(access_arguments(&self.access, written.access.as_ref(), context)?);
+        let status = build::run("diff", &arguments)?;
+        finish(written, status)
     }
 }
 

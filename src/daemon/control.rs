@@ -123,6 +123,11 @@ pub enum Call {
     },
     /// Serve an image to another program until this connection ends. → [`Exported`]
     Export(Export),
+    /// Copy what was written to a device, as it is at this moment, until this connection ends. → [`Snapshotted`]
+    Snapshot {
+        /// An id, device path, mountpoint, or the directory of an upper that a device or an export has.
+        target: String,
+    },
     /// The node's pool. → a `PoolReport`
     PoolStat,
     /// Evict from the pool. → [`Trimmed`]
@@ -413,6 +418,21 @@ pub struct Exported {
     pub uri: String,
     /// Size of the device in bytes.
     pub device_bytes: u64,
+}
+
+/// The answer to [`Call::Snapshot`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshotted {
+    /// The copy: the directory of an upper that nobody has.
+    pub dir: PathBuf,
+    /// The image that it lies over.
+    pub image: String,
+    /// Digest of that image's manifest.
+    pub digest: String,
+    /// How that image's source is reached.
+    pub access: SourceAccess,
+    /// Bytes that were changed.
+    pub bytes: u64,
 }
 
 /// The answer to [`Call::Stop`].

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::attachment::Attachment;
-use super::control::{DeviceInfo, InUse, Kind, Lifetime, Problem, State};
+use super::control::{DeviceInfo, InUse, Kind, Lifetime, Problem, SourceAccess, State};
 use super::records::{Record, Records, Reopen};
 use super::starts::Start;
 use crate::device::ImageDevice;
@@ -46,6 +46,12 @@ impl Entry {
     #[must_use]
     pub fn info(&self) -> DeviceInfo {
         self.info.lock().clone()
+    }
+
+    /// How its image's source is reached.
+    #[must_use]
+    pub fn access(&self) -> SourceAccess {
+        self.reopen.as_ref().map(|reopen| reopen.access.clone()).unwrap_or_default()
     }
 
     /// What it serves.

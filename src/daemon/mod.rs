@@ -25,6 +25,7 @@ mod recovery;
 pub mod rundir;
 pub mod server;
 pub mod sharing;
+mod snapshots;
 pub mod starts;
 pub mod startset;
 pub mod startup;

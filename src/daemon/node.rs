@@ -21,6 +21,7 @@ use super::mending::Mender;
 use super::pins::PinnedImages;
 use super::records::{Record, Records, Reopen};
 use super::server::Stopping;
+use super::snapshots::ExportedUppers;
 use super::starts::{Start, watch_start};
 use super::trace::{StartupStatus, startup_status};
 use super::uppers::{self, UpperInfo};
@@ -45,6 +46,7 @@ pub struct Node {
     pub(super) scrubbing: Scrubbing,
     pub(super) devices: Arc<Devices>,
     pub(super) transports: Arc<Transports>,
+    pub(super) exported: ExportedUppers,
     stop: watch::Sender<bool>,
 }
 
@@ -64,7 +66,21 @@ impl Node {
         let (devices, jobs) = (Arc::new(Devices::new(records, earlier)), Jobs::default());
         let transports = Arc::new(Transports::new(&config, tokio::runtime::Handle::current()));
         let (mender, scrubbing, stop) = (Mender::default(), Scrubbing::default(), watch::Sender::new(false));
-        Ok(Arc::new(Self { config, pool, fetcher, images, pins, jobs, mender, scrubbing, devices, transports, stop }))
+        let exported = ExportedUppers::default();
+        Ok(Arc::new(Self {
+            config,
+            pool,
+            fetcher,
+            images,
+            pins,
+            jobs,
+            mender,
+            scrubbing,
+            devices,
+            transports,
+            exported,
+            stop,
+        }))
     }
 
     /// Becomes true when the daemon stops.
@@ -258,7 +274,12 @@ impl Node {
         };
         let upper = opened.map(|opened| (Arc::clone(opened.overlay.upper()), opened.info));
         let serving = match serving {
-            Ok(serving) => serving.with_upper(upper),
+            Ok(serving) => {
+                if let Some((upper, info)) = &upper {
+                    self.exported.add(upper, info, &request.access);
+                }
+                serving.with_upper(upper)
+            }
             Err(error) => {
                 give_up(upper.as_ref().map(|(upper, _)| upper.as_ref()), upper.as_ref().map(|(_, info)| info));
                 return Err(error.into());

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::Patience;
 use super::control::{DeviceInfo, Lifetime, SourceAccess, State};
+use crate::device::upper::boot;
 use crate::error::{Error, Result};
 
 const VERSION: u32 = 1;
@@ -52,13 +53,6 @@ impl Record {
     pub fn new(device: DeviceInfo, reopen: Option<Reopen>, lifetime: Lifetime) -> Self {
         Self { version: VERSION, device, boot: boot(), reopen, lifetime }
     }
-}
-
-/// Identifies this start of the machine.
-#[must_use]
-pub fn boot() -> String {
-    // proc_sys_kernel_random in Linux' Documentation/admin-guide/sysctl/kernel.rst.
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 /// The directory of the records.

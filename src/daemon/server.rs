@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use super::control::{Call, Envelope, InUse, Kind, LINE_MAX, Outcome, Problem, Request, Response, SOCKET, VERSION};
 use super::exports::Serving;
 use super::node::{FAREWELL, Node};
+use super::snapshots::SnapshotDir;
 use super::starts::page;
 use crate::error::{Error, Result};
 
@@ -80,6 +81,7 @@ pub struct Connection {
     gone: AtomicBool,
     tentative: Mutex<BTreeSet<String>>,
     exports: Mutex<Vec<Serving>>,
+    snapshots: Mutex<Vec<SnapshotDir>>,
     /// What was asked for last, while it is asked for page by page.
     profile: Mutex<Option<Arc<str>>>,
 }
@@ -91,6 +93,7 @@ impl Connection {
             gone: AtomicBool::new(false),
             tentative: Mutex::default(),
             exports: Mutex::default(),
+            snapshots: Mutex::default(),
             profile: Mutex::default(),
         }
     }
@@ -217,6 +220,11 @@ impl Connection {
                 self.exports.lock().push(serving);
                 value(&exported)
             }
+            Call::Snapshot { target } => {
+                let (snapshotted, dir) = node.snapshot(&target).await?;
+                self.snapshots.lock().push(dir);
+                value(&snapshotted)
+            }
             Call::PoolStat => value(&node.pool_stat().await?),
             Call::PoolTrim { bytes } => value(&node.pool_trim(bytes).await?),
             Call::PoolScrub => value(&node.pool_scrub()?),
@@ -236,6 +244,9 @@ impl Connection {
                 tracing::warn!("an export ended: {error}");
             }
         }
+        let snapshots = std::mem::take(&mut *self.snapshots.lock());
+        // Files of gigabytes take a moment to go; nobody waits for that.
+        drop(tokio::task::spawn_blocking(move || drop(snapshots)));
         let tentative = std::mem::take(&mut *self.tentative.lock());
         for id in tentative {
             match self.node.detach(&id, InUse::Refuse).await {

@@ -14,9 +14,10 @@ use super::config::Config;
 use super::control::{InUse, Lifetime, Problem, SOCKET, State};
 use super::devices::still_held;
 use super::node::Node;
-use super::records::{Record, Records, boot};
+use super::records::{Record, Records};
 use super::rundir::RunDir;
-use super::{server, uppers};
+use super::{server, snapshots, uppers};
+use crate::device::upper::boot;
 use crate::error::{Error, Result};
 use crate::sys::namespace::enter_private_mount_namespace;
 
@@ -76,6 +77,7 @@ fn serve(config: Config, start: Start) -> std::result::Result<(), Problem> {
     let recovering = to_recover(&config, &records, left)?;
     earlier.extend(recovering.iter().cloned());
     uppers::remove_unknown(&config, earlier.iter().map(|record| &record.device));
+    snapshots::remove_all(&config);
     raise_file_limit();
     serve_writers();
     let runtime = tokio::runtime::Builder::new_multi_thread()

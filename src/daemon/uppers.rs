@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::config::Config;
 use super::control::DeviceInfo;
 use super::node::{Node, blocking};
-use super::records::boot;
+use crate::device::upper::boot;
 use crate::device::upper::{self, Durability, LowerIdentity, Upper, UpperOptions};
 use crate::device::{Device, ImageDevice, Overlay};
 use crate::error::{Error, Result};

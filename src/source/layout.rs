@@ -153,6 +153,10 @@ impl Store {
     }
 
     fn manifest(&self) -> Result<RawDocument> {
+        // What no image is named: a manifest by its digest, listed or not.
+        if let Some(digest) = self.tag.as_deref().and_then(|tag| tag.strip_prefix('@')) {
+            return self.document(&digest.parse()?, "");
+        }
         let (index, raw) = self.index()?;
         let named = |entry: &&Descriptor| ref_name(entry).is_some();
         let entry = match &self.tag {

@@ -1,5 +1,6 @@
 //! From chunks in a spool to blobs and an index: packs in device order, every chunk once, and where each belongs.
 
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use super::progress::{Event, Progress};
 use super::reuse::Earlier;
 use crate::chunk::{ChunkRef, Codec, Digest, Hasher};
 use crate::error::{Error, Result};
-use crate::index::{Blob, Extent, IndexWriter, Role};
+use crate::index::{BLOCK, Blob, Extent, Index, IndexWriter, Role};
 use crate::oci::annotation::{INDEX_PATH, PACK_DIR};
 
 /// A layer of the new image.
@@ -46,6 +47,91 @@ pub(super) struct Parts<'a> {
     pub workers: usize,
     /// Makes the file of a pack.
     pub draft: &'a (dyn Fn() -> Result<File> + Sync),
+    /// What stays of the start-up pack of the first of the earlier images.
+    pub startup: Option<Startup>,
+}
+
+/// A start-up pack of an earlier image, as far as it is still right.
+#[derive(Clone)]
+pub(super) struct Startup {
+    /// Numbers of its blobs in that image's index.
+    blobs: Vec<u32>,
+    extents: Vec<Extent>,
+    /// Its chunks with their numbers, in the order of the stream.
+    order: Vec<(u32, ChunkRef)>,
+    read_ahead_kb: Option<u32>,
+}
+
+impl Startup {
+    /// What stays of the start-up tables of `index` when only the extents stay that `keeps` says; `None` without any.
+    pub(super) fn of(index: &Index, keeps: impl Fn(&Extent) -> bool) -> Option<Self> {
+        let extents = index.startup_extents().iter().flat_map(|extent| {
+            // Block by block, since some of a run may have changed.
+            (0..extent.blocks).map(move |at| Extent {
+                block: extent.block + at,
+                blocks: 1,
+                chunk: extent.chunk,
+                offset: extent.offset + at * BLOCK,
+            })
+        });
+        let mut kept: Vec<Extent> = Vec::new();
+        for extent in extents.filter(|extent| keeps(extent)) {
+            match kept.last_mut() {
+                Some(last)
+                    if last.chunk == extent.chunk
+                        && last.block + last.blocks == extent.block
+                        && last.offset + last.blocks * BLOCK == extent.offset =>
+                {
+                    last.blocks += 1;
+                }
+                _ => kept.push(extent),
+            }
+        }
+        let order: Vec<_> = index.startup_order().filter_map(|chunk| Some((chunk, index.chunk(chunk)?))).collect();
+        let blobs = order.iter().map(|(_, chunk)| chunk.blob).collect::<BTreeSet<_>>().into_iter().collect();
+        let read_ahead_kb = index.startup_read_ahead_kb();
+        (!order.is_empty()).then_some(Self { blobs, extents: kept, order, read_ahead_kb })
+    }
+
+    /// Drops chunks that nothing needs: neither an extent of its own, nor one of those with these digests. Whether any
+    /// is left.
+    fn prune(&mut self, digests: &HashSet<Digest>) -> bool {
+        let hot: HashSet<u32> = self.extents.iter().map(|extent| extent.chunk).collect();
+        self.order.retain(|(number, chunk)| hot.contains(number) || digests.contains(&chunk.digest));
+        let used: HashSet<u32> = self.order.iter().map(|(_, chunk)| chunk.blob).collect();
+        self.blobs.retain(|blob| used.contains(blob));
+        !self.order.is_empty()
+    }
+
+    /// Adds its tables; says which layers they need.
+    fn add(&self, index: &mut IndexWriter, earlier: &[Earlier]) -> Result<Vec<Layer>> {
+        let mut layers = Vec::new();
+        let mut blobs = HashMap::new();
+        for blob in &self.blobs {
+            let (found, diff_id) = earlier_blob(earlier, (0, *blob))?;
+            blobs.insert(*blob, index.blob(&found));
+            layers.push(Layer::Reused { image: 0, blob: *blob, diff_id });
+        }
+        let mut numbers: HashMap<u32, u32> = HashMap::new();
+        for (number, chunk) in &self.order {
+            let Some(blob) = blobs.get(&chunk.blob) else { continue };
+            let new = match numbers.get(number) {
+                Some(new) => *new,
+                None => index.chunk(&ChunkRef { blob: *blob, ..*chunk }),
+            };
+            numbers.insert(*number, new);
+            index.startup_order(new);
+        }
+        for extent in &self.extents {
+            if let Some(chunk) = numbers.get(&extent.chunk) {
+                index.startup_extent(Extent { chunk: *chunk, ..*extent });
+            }
+        }
+        if let Some(kib) = self.read_ahead_kb {
+            index.startup_read_ahead_kb(kib);
+        }
+        Ok(layers)
+    }
 }
 
 /// Writes packs and index.
@@ -130,6 +216,12 @@ pub(super) fn assemble(parts: &Parts<'_>, progress: &dyn Progress) -> Result<Ass
     }
     for chunk in refs {
         index.chunk(&chunk.ok_or_else(|| Error::invalid("build", "a chunk has no place"))?);
+    }
+    if let Some(mut startup) = parts.startup.clone()
+        && startup.prune(&order.iter().map(|chunk| Ok(parts.store.chunk(*chunk)?.digest)).collect::<Result<_>>()?)
+    {
+        let layers = startup.add(&mut index, parts.earlier)?;
+        assembled.packs.splice(..0, layers);
     }
     assembled.index = index.finish(parts.device_bytes, parts.file_system)?;
     assembled.index_layer = small_layer(INDEX_PATH, &assembled.index, parts.level)?;

@@ -120,6 +120,7 @@ pub(super) fn convert(
         level: request.level,
         workers: request.workers,
         draft: &|| destination.draft(&request.temp),
+        startup: None,
     };
     let assembled = std::thread::scope(|scope| {
         // The cache is filled while packs are written, most of which is hashing on one core.

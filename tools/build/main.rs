@@ -1,5 +1,7 @@
 //! The program `firstread-build`.
 
+#[path = "main/commit.rs"]
+mod commit;
 mod show;
 
 use std::io::{IsTerminal, Write};
@@ -29,6 +31,10 @@ enum Verb {
     Build(BuildArgs),
     /// Add or replace an image's start-up pack; repack nothing else.
     Optimize(OptimizeArgs),
+    /// Publish what an upper changed as a child image; `firstread commit` runs this.
+    Commit(commit::CommitArgs),
+    /// Show what an upper changed; `firstread upper diff` runs this.
+    Diff(commit::DiffArgs),
 }
 
 #[derive(Args)]
@@ -160,6 +166,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Build(args) => run(args),
         Verb::Optimize(args) => run_optimize(args),
+        Verb::Commit(args) => args.run(),
+        Verb::Diff(args) => args.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

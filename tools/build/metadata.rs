@@ -83,7 +83,7 @@ impl<'a> Windows<'a> {
 }
 
 /// Runs of blocks that are not zero, first block and length; short zero runs between them are taken along.
-fn occupied(window: &[u8]) -> Vec<(usize, usize)> {
+pub(super) fn occupied(window: &[u8]) -> Vec<(usize, usize)> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     for (number, block) in window.chunks(BLOCK_SIZE).enumerate() {
         if is_zero(block) {

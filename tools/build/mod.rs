@@ -20,6 +20,7 @@ mod archive;
 mod arrange;
 mod assemble;
 mod cache;
+mod commit;
 mod convert;
 mod decode;
 mod destination;
@@ -37,6 +38,7 @@ mod publish;
 mod raw;
 mod reuse;
 mod rootfs;
+mod scratch;
 mod tar;
 mod verity;
 mod walk;
@@ -56,6 +58,9 @@ use crate::profile::Profile;
 use crate::source::{Access, Publish};
 
 pub use self::cache::CacheSettings;
+pub use self::commit::{
+    Change, Changed, CommitRequest, DiffRequest, Difference, DifferenceKind, FileSystemState, commit, diff,
+};
 pub use self::limits::Limits;
 pub use self::optimize::{OptimizeRequest, StartupReport, optimize};
 pub use self::progress::{Event, Progress, Silent};
@@ -229,11 +234,7 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
         let reason = "an image with a start-up pack goes to a registry or an OCI layout (oci:DIR)";
         return Err(Error::Unsupported(reason.to_owned()));
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("starting the runtime", error))?;
+    let runtime = runtime()?;
     let handle = runtime.handle();
     let destination = Destination::open(request, handle)?;
     let inputs = input::resolve(request, handle)?;
@@ -279,6 +280,12 @@ pub fn build(request: &Request, progress: &Arc<dyn Progress>) -> Result<Report> 
     }
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// What the builder talks to sources with.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(2).enable_all().build().map_err(|error| Error::io("starting the runtime", error))
 }
 
 /// Adds the start-up pack to what was just published: its metadata and hot blocks are where they are only now.

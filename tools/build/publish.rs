@@ -14,7 +14,7 @@ use super::progress::{Event, Progress};
 use super::reuse::Earlier;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
-use crate::index::Blob;
+use crate::index::{Blob, Role};
 use crate::oci::{annotation, canonical_json, media_type};
 use crate::source::files::unlinked;
 use crate::source::{Content, Publish, Repository};
@@ -24,7 +24,7 @@ const NO_TIME: u64 = 0;
 
 /// Seconds since 1970 as a time in UTC (RFC 3339). The days are counted in eras of 400 years that begin in March, so that
 /// a leap day is the last of its year.
-fn rfc3339(seconds: u64) -> String {
+pub(super) fn rfc3339(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // 719 468 days from March of the year 0 to 1970.
     let days = days + 719_468;
@@ -115,8 +115,12 @@ impl Publisher<'_> {
                     let image = earlier.get(*image).ok_or_else(missing)?;
                     let (blob, _) = image.packs.get(*blob as usize).ok_or_else(missing)?;
                     self.carry(blob, &image.repository)?;
-                    layers.push(layer(annotation::ROLE_PACK, &blob.digest, blob.bytes, &[]));
-                    diff_ids.push((annotation::ROLE_PACK, *diff_id));
+                    let role = match blob.role {
+                        Role::Pack => annotation::ROLE_PACK,
+                        Role::Startup => annotation::ROLE_STARTUP,
+                    };
+                    layers.push(layer(role, &blob.digest, blob.bytes, &[]));
+                    diff_ids.push((role, *diff_id));
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! Earlier images whose packs are listed again, so that their chunks need not be stored a second time.
 
 use std::io::Read;
+use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
@@ -20,7 +21,7 @@ pub(super) struct Earlier {
     pub repository: Repository,
     /// By the blob numbers of its index: the pack and its diff_id.
     pub packs: Vec<(Blob, Digest)>,
-    index: Index,
+    pub index: Arc<Index>,
 }
 
 /// Opens the image that `reference` names.
@@ -53,7 +54,7 @@ pub(super) fn open(reference: &Reference, platform: &Platform, request: &Request
             })?;
             packs.push((blob, diff_id.parse()?));
         }
-        Ok(Earlier { repository, packs, index })
+        Ok(Earlier { repository, packs, index: Arc::new(index) })
     })
 }
 

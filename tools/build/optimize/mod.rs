@@ -15,8 +15,9 @@ use tokio::runtime::Handle;
 use super::pack::{Item, Written, small_layer, write_pack};
 use super::pipeline::{Pipeline, Place, Reusable, Settings, Store};
 use super::progress::{Event, Progress};
+use super::scratch::Scratch;
 use super::{Report, Tree};
-use crate::chunk::{ChunkRef, Codec, Digest, Hasher, Verified};
+use crate::chunk::{ChunkRef, Codec, Hasher, Verified};
 use crate::device::{Device, ImageDevice};
 use crate::error::{Error, Result};
 use crate::ext4::{BLOCK_SIZE, Names, read_names};
@@ -107,16 +108,16 @@ struct Optimized {
 /// refuses. Nothing is named at the destination before all of it is there.
 pub fn optimize(request: &OptimizeRequest, progress: &Arc<dyn Progress>) -> Result<Report> {
     let started = Instant::now();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("starting the runtime", error))?;
+    let runtime = super::runtime()?;
     let handle = runtime.handle();
     let scratch = Scratch::new(&request.temp)?;
-    let image =
-        handle.block_on(open_image(&request.source, &request.access, &request.platform, &scratch.0.join("cache")))?;
-    let contents = Contents::open(image, &scratch.0.join("pool"), handle)?;
+    let image = handle.block_on(open_image(
+        &request.source,
+        &request.access,
+        &request.platform,
+        &scratch.path().join("cache"),
+    ))?;
+    let contents = Contents::open(image, &scratch.path().join("pool"), handle)?;
     let optimized = pack(request, &contents, progress)?;
     let digest = image::publish(request, &contents.image, &optimized, &**progress, handle)?;
     let index = Index::from_bytes(optimized.index.clone())?;
@@ -319,28 +320,5 @@ impl<'a> Contents<'a> {
         }
         let fetched = self.runtime.block_on(self.fetcher.fetch(&self.image.origin, &[chunk], Priority::Demand));
         fetched.into_iter().next().unwrap_or_else(|| Err(missing()))
-    }
-}
-
-/// A directory that goes when this does.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(temp: &Path) -> Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
-        let name = Digest::of(format!("{} {:?}", std::process::id(), Instant::now()).as_bytes()).hex();
-        let path = temp.join(format!(".firstread-optimize-{}", name.get(..16).unwrap_or_default()));
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(|error| Error::io(format!("making {} (--temp or TMPDIR says where)", path.display()), error))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // A directory that stays is no reason to fail.
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
