@@ -42,6 +42,8 @@ pub mod media;
 pub mod oci;
 pub mod pool;
 pub mod profile;
+#[cfg(feature = "programs")]
+pub mod snapshot;
 pub mod source;
 pub mod sys;
 

@@ -21,10 +21,12 @@ mod pool;
 mod profile;
 mod progress;
 mod prove;
+mod pull;
 mod ready;
 mod record;
 mod reference;
 mod report;
+mod snapshotter;
 mod status;
 mod stop;
 mod unpin;
@@ -99,6 +101,10 @@ enum Verb {
     /// The node's pool
     #[command(subcommand)]
     Pool(pool::Pool),
+    /// Pull an image into containerd's store, without what its start does not need
+    Pull(pull::Pull),
+    /// Run containerd's proxy snapshotter in the foreground
+    Snapshotter(snapshotter::Snapshotter),
     /// Run the node's daemon in the foreground; other verbs start one when none runs
     Daemon(daemon::Daemon),
     /// Detach all and stop the daemon
@@ -139,6 +145,9 @@ fn dispatch(arguments: Arguments) -> Outcome {
     if let Verb::Daemon(verb) = arguments.verb {
         return verb.run(global);
     }
+    if let Verb::Snapshotter(verb) = arguments.verb {
+        return verb.run(global);
+    }
     if let Verb::Build(verb) = arguments.verb {
         return build::exec("build", &verb.after(&global));
     }
@@ -173,8 +182,10 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Unpin(verb) => verb.run(&context),
         Verb::Upper(verb) => verb.run(&context),
         Verb::Pool(verb) => verb.run(&context),
+        Verb::Pull(verb) => verb.run(&context),
         Verb::Stop(verb) => verb.run(&context),
-        Verb::Build(_) | Verb::Optimize(_) | Verb::Daemon(_) | Verb::Hold(_) | Verb::RecordInside(_) => Ok(()),
+        Verb::Build(_) | Verb::Optimize(_) | Verb::Daemon(_) | Verb::Hold(_) => Ok(()),
+        Verb::Snapshotter(_) | Verb::RecordInside(_) => Ok(()),
     }
 }
 

@@ -1,25 +1,17 @@
 //! `firstread mount` and `umount`: a device on a directory, in the caller's mount namespace.
 
-use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::UnmountFlags;
 
 use super::Outcome;
 use super::attach::{AttachOptions, request};
 use super::connect::connect;
 use super::options::{Context, absolute};
-use crate::daemon::control::{Attached, Call, DeviceInfo, InUse, Kind, Lifetime, Problem, State};
+use crate::daemon::control::{Call, DeviceInfo, InUse, Kind, Lifetime, Problem, State};
 use crate::daemon::{attachment::is_stale, mounts};
-
-/// What an ext4 image is mounted with: as many inode table blocks ahead as the daemon says, and no journal to load where
-/// nothing can be written (in Linux' Documentation/filesystems/ext4/).
-fn ext4_options(attached: &Attached) -> String {
-    let load = if attached.device.read_only { "noload," } else { "" };
-    format!("{load}inode_readahead_blks={}", attached.inode_readahead_blks)
-}
 
 /// Arguments of `mount`.
 #[derive(Debug, Args)]
@@ -51,7 +43,7 @@ impl Mount {
         let dir = directory(&self.dir)?;
         // Until it is settled the device goes away with this process's connection, however this process ends.
         let (mut client, attached) = request(context, &self.reference, &self.options, Lifetime::Tentative)?;
-        mount(&attached, &dir)?;
+        mounts::mount(&attached, &dir)?;
         let settle = Call::Settle { target: attached.device.id.clone(), mountpoint: Some(dir.clone()) };
         match client.call::<DeviceInfo>(settle) {
             Ok(device) => {
@@ -65,35 +57,6 @@ impl Mount {
             }
         }
     }
-}
-
-/// Mounts the device on `dir`, read-only unless it can be written.
-///
-/// # Errors
-/// A device without ext4, or what mount(2) says.
-pub fn mount(attached: &Attached, dir: &Path) -> Outcome {
-    let device = &attached.device.device;
-    if attached.file_system != "ext4" {
-        let message = format!(
-            "mounting {}: the image's file system is {:?}, not ext4",
-            attached.device.image, attached.file_system
-        );
-        return Err(
-            Problem::new(Kind::Unsupported, message).hint("`firstread attach` it and mount the device yourself")
-        );
-    }
-    let data = CString::new(ext4_options(attached)).unwrap_or_default();
-    let access = if attached.device.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-    rustix::mount::mount(device, dir, "ext4", access | MountFlags::NOATIME, Some(data.as_c_str())).map_err(|errno| {
-        let error = std::io::Error::from(errno);
-        let message =
-            format!("mounting {} ({}) on {}: {error}", device.display(), attached.device.image, dir.display());
-        let hint = match errno {
-            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => "mounting needs root (CAP_SYS_ADMIN)",
-            _ => "`dmesg` has the kernel's reason, `firstread verify` checks the image",
-        };
-        Problem::new(Kind::Failed, message).hint(hint)
-    })
 }
 
 impl Umount {

@@ -1,11 +1,14 @@
-//! What is mounted where, from `/proc/self/mountinfo` (proc_pid_mountinfo(5)), and who uses it.
+//! Mounting a device; what is mounted where, from `/proc/self/mountinfo` (proc_pid_mountinfo(5)), and who uses it.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use rustix::mount::MountFlags;
+
+use super::control::{Attached, Kind, Problem};
 use crate::error::{Error, Result};
 
 /// Users of a mount that are named; more are not.
@@ -20,6 +23,42 @@ pub struct Mount {
     pub source: PathBuf,
     /// `major:minor` of the device.
     pub device: String,
+}
+
+/// What an ext4 image is mounted with: as many inode table blocks ahead as the daemon says, and no journal to load where
+/// nothing can be written (in Linux' Documentation/filesystems/ext4/).
+fn ext4_options(attached: &Attached) -> String {
+    let load = if attached.device.read_only { "noload," } else { "" };
+    format!("{load}inode_readahead_blks={}", attached.inode_readahead_blks)
+}
+
+/// Mounts the device on `dir`, read-only unless it can be written.
+///
+/// # Errors
+/// A device without ext4, or what mount(2) says.
+pub fn mount(attached: &Attached, dir: &Path) -> Result<(), Problem> {
+    let device = &attached.device.device;
+    if attached.file_system != "ext4" {
+        let message = format!(
+            "mounting {}: the image's file system is {:?}, not ext4",
+            attached.device.image, attached.file_system
+        );
+        return Err(
+            Problem::new(Kind::Unsupported, message).hint("`firstread attach` it and mount the device yourself")
+        );
+    }
+    let data = CString::new(ext4_options(attached)).unwrap_or_default();
+    let access = if attached.device.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    rustix::mount::mount(device, dir, "ext4", access | MountFlags::NOATIME, Some(data.as_c_str())).map_err(|errno| {
+        let error = std::io::Error::from(errno);
+        let message =
+            format!("mounting {} ({}) on {}: {error}", device.display(), attached.device.image, dir.display());
+        let hint = match errno {
+            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => "mounting needs root (CAP_SYS_ADMIN)",
+            _ => "`dmesg` has the kernel's reason, `firstread verify` checks the image",
+        };
+        Problem::new(Kind::Failed, message).hint(hint)
+    })
 }
 
 /// The mounts of this process's mount namespace, in the order they were made.

@@ -118,6 +118,51 @@ pub async fn open_known(reference: &Reference, platform: &Platform, cache_dir: &
     .await
 }
 
+/// What another program has of an image, unverified.
+pub struct Parts<'a> {
+    /// The manifest.
+    pub manifest: &'a [u8],
+    /// The configuration that it names.
+    pub config: &'a [u8],
+    /// A file with the plain index.
+    pub index: &'a Path,
+}
+
+/// Puts an image's parts where [`open_image`] looks for them, which then asks nobody. Blocks.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an ordinary image; [`Error::Invalid`] for parts of which one does not name the next by its
+/// digest; what the system says.
+pub fn keep_image(cache_dir: &Path, parts: &Parts<'_>) -> Result<()> {
+    let Document::Manifest(manifest) = Document::parse(parts.manifest, "")? else {
+        return Err(Error::invalid("firstread image", "what was given as its manifest lists manifests"));
+    };
+    let layers = Layers::of(&manifest)?;
+    let config = Digest::of(parts.config);
+    if descriptor_digest(manifest.config())? != config {
+        return Err(Error::invalid("firstread image", "its configuration is another one than its manifest names"));
+    }
+    let cache = Cache { dir: cache_dir.to_owned() };
+    let failed = |error| Error::io(format!("copying the index {}", parts.index.display()), error);
+    std::fs::create_dir_all(cache_dir).map_err(failed)?;
+    let path = cache.path(&layers.index.index_digest, "index");
+    if open_local(&path, &layers.index.index_digest)?.is_none() {
+        let new = path.with_extension(format!("new-{}-{:?}", std::process::id(), std::thread::current().id()));
+        let copied = std::fs::copy(parts.index, &new).map_err(failed).and_then(|_| {
+            // What is wrong with it is found before it has its name.
+            Index::open(&new, &layers.index.index_digest)?;
+            std::fs::rename(&new, &path).map_err(failed)
+        });
+        if copied.is_err() {
+            // Nothing else is left of it.
+            let _ = std::fs::remove_file(&new);
+        }
+        copied?;
+    }
+    replace(&cache.path(&config, "json"), parts.config)?;
+    replace(&cache.path(&Digest::of(parts.manifest), "json"), parts.manifest)
+}
+
 /// Where an image is, best first.
 struct Places(Vec<Arc<Repository>>);
 

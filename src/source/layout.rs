@@ -47,6 +47,12 @@ impl Layout {
         Ok(Self { name, store })
     }
 
+    /// The blobs in `dir`, which need not be a whole layout: containerd keeps its own this way.
+    pub(super) fn blobs_of(dir: &Path) -> Self {
+        let name = dir.display().to_string();
+        Self { store: Arc::new(Store { dir: dir.to_owned(), tag: None, name: name.clone() }), name }
+    }
+
     pub(super) async fn manifest(&self) -> Result<RawDocument> {
         self.run(Store::manifest).await
     }

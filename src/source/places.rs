@@ -1,15 +1,19 @@
 //! Further places of blobs: web servers and object stores that hold a copy of an OCI layout.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Access, Source};
+use super::{Access, Layout, Source};
 use crate::chunk::Digest;
 use crate::error::Result;
 use crate::oci::Reference;
+
+/// What the URL of a directory begins with.
+const FILE: &str = "file://";
 
 /// Most places that are kept.
 const MAX_PLACES: usize = 32;
@@ -17,7 +21,7 @@ const MAX_PLACES: usize = 32;
 /// A place of blobs: `URL`, or `HOST/REPOSITORY=URL` for the images below that alone.
 ///
 /// URL is `http://` or `https://`, or an object store's: `s3://BUCKET/PATH`, `gs://BUCKET/PATH`,
-/// `azure://CONTAINER/PATH`. Below it are the blobs as in an OCI layout: `blobs/sha256/HEX`.
+/// `azure://CONTAINER/PATH`, or `file:///PATH` for a directory on this machine. Below it are the blobs as in an OCI layout: `blobs/sha256/HEX`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct BlobPlace {
@@ -37,8 +41,8 @@ impl FromStr for BlobPlace {
             None => ("", text),
         };
         let kind = url.split("://").next().unwrap_or_default();
-        if !matches!(kind, "http" | "https" | "s3" | "gs" | "azure") {
-            return Err(format!("{url:?} is no place of blobs: write http, https, s3, gs or azure"));
+        if !matches!(kind, "http" | "https" | "s3" | "gs" | "azure" | "file") {
+            return Err(format!("{url:?} is no place of blobs: write http, https, s3, gs, azure or file"));
         }
         Ok(Self { of: of.trim_matches('/').to_owned(), url: url.to_owned() })
     }
@@ -65,6 +69,12 @@ impl fmt::Display for BlobPlace {
 }
 
 impl BlobPlace {
+    /// The directory `dir` of this machine, for all images.
+    #[must_use]
+    pub fn local(dir: &Path) -> Self {
+        Self { of: String::new(), url: format!("{FILE}{}", dir.display()) }
+    }
+
     /// Whether it is for the image `name` (host and repository).
     fn serves(&self, name: &str) -> bool {
         match name.strip_prefix(self.of.as_str()) {
@@ -74,6 +84,9 @@ impl BlobPlace {
     }
 
     fn open(&self, access: &Access) -> Result<Arc<dyn Source>> {
+        if let Some(dir) = self.url.strip_prefix(FILE) {
+            return Ok(Arc::new(Layout::blobs_of(Path::new(dir))));
+        }
         if self.url.starts_with("http") {
             #[cfg(feature = "registry")]
             return Ok(Arc::new(super::Web::new(&self.url, access)?));
@@ -125,6 +138,8 @@ mod tests {
         assert_eq!(place.to_string().parse(), Ok(place));
         let all: BlobPlace = "https://cdn.example/x?a=b".parse().unwrap();
         assert!(all.serves("r.example/app") && all.of.is_empty());
+        let local: BlobPlace = "file:///var/lib/x".parse().unwrap();
+        assert_eq!(local, BlobPlace::local(Path::new("/var/lib/x")));
         for text in ["", "bucket", "ftp://x", "a=b", "a=://"] {
             assert!(text.parse::<BlobPlace>().is_err(), "{text}");
         }

@@ -24,8 +24,9 @@ use serde::{Deserialize, Serialize};
 
 use super::loopback;
 use super::user::{User, look_up};
-use crate::cli::{Outcome, mount};
+use crate::cli::Outcome;
 use crate::daemon::control::{Attached, Kind, Problem};
+use crate::daemon::mounts;
 use crate::sys::namespace;
 
 /// Longest job in bytes.
@@ -185,7 +186,7 @@ fn outer(reports: impl Write) -> Step {
         step("preparing the container", fs::DirBuilder::new().mode(0o755).create(name))?;
     }
     step("preparing the container", fs::write("upper/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"))?;
-    mount::mount(&job.device, &job.room.join("lower")).map_err(|problem| problem.message)?;
+    mounts::mount(&job.device, &job.room.join("lower")).map_err(|problem| problem.message)?;
     let outcome = overlay_and_run(&job, reports);
     for name in ["root", "lower"] {
         // Gone with the namespace otherwise.

@@ -1,0 +1,96 @@
+//! `firstread snapshotter`: containerd's proxy snapshotter.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::Outcome;
+use super::connect::connect_or_start;
+use super::options::{AccessOptions, Context, Global, absolute, start_log};
+use crate::daemon::config;
+use crate::daemon::control::{Kind, Problem};
+use crate::snapshot::{Daemon, MountKind, Options, Snapshotter as Service, bind, serve};
+
+/// Arguments of the verb.
+#[derive(Debug, Args)]
+pub struct Snapshotter {
+    /// The socket that containerd's configuration names [default: snapshotter.sock in the run directory]
+    #[arg(long, value_name = "SOCK")]
+    listen: Option<PathBuf>,
+    /// containerd's own socket: it is asked where images come from
+    #[arg(long, value_name = "SOCK", default_value = super::pull::CONTAINERD)]
+    containerd: PathBuf,
+    /// What containers get: an overlay (runc), or a block device of their own (Kata); the label
+    /// containerd.io/snapshot/firstread/mount of a container's snapshot says otherwise
+    #[arg(long, value_name = "KIND", default_value = "overlay", value_parser = ["overlay", "block"])]
+    mounts: String,
+    /// Name of its state in the root directory; each of several snapshotters needs its own
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    name: String,
+    /// How the kernel sees devices
+    #[arg(long, default_value = "auto", value_name = "TRANSPORT", value_parser = ["auto", "ublk", "nbd", "loop"])]
+    transport: String,
+    #[command(flatten)]
+    access: AccessOptions,
+}
+
+impl Snapshotter {
+    /// Runs the verb until it is stopped. Devices and mounts stay as they are then.
+    ///
+    /// # Errors
+    /// What keeps it from starting.
+    pub fn run(self, global: Global) -> Outcome {
+        // Unlike other verbs it is a service, with a log of its own.
+        start_log(&config::load(global.layer(), global.config.as_deref())?.log)?;
+        let context = Context::new(global)?;
+        let mounts = MountKind::named(&self.mounts).unwrap_or(MountKind::Overlay);
+        if self.name.is_empty() || self.name.contains('/') || self.name.starts_with('.') {
+            return Err(Problem::new(Kind::Usage, format!("the name {:?}: a plain word is needed", self.name)));
+        }
+        let options = Options {
+            state: context.config.root.join("snapshotter").join(&self.name),
+            containerd: absolute(&self.containerd)?,
+            mounts,
+            access: context.access(&self.access)?,
+            transport: self.transport.clone(),
+        };
+        let socket = match &self.listen {
+            Some(socket) => absolute(socket)?,
+            None => absolute(&context.config.run)?.join("snapshotter.sock"),
+        };
+        let run = context.config.run.clone();
+        // A daemon that is started from here must outlive this process.
+        let daemon = Daemon { run, start: Arc::new(move || connect_or_start(&context)) };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("snapshotter")
+            .enable_all()
+            .build()
+            .map_err(|error| Problem::new(Kind::Failed, format!("starting the runtime: {error}")))?;
+        runtime.block_on(async {
+            let service = Service::open(options, daemon)?;
+            let listener = bind(&socket)?;
+            let failed = |error| Problem::new(Kind::Failed, format!("catching signals: {error}"));
+            let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+            let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+            let keeper = tokio::spawn({
+                let service = Arc::clone(&service);
+                async move { service.keep().await }
+            });
+            tracing::info!("serving containerd at {}", socket.display());
+            let end = async {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            };
+            let served = serve(service, listener, end).await;
+            keeper.abort();
+            // The next one listens here; until then nobody does.
+            let _ = std::fs::remove_file(&socket);
+            Ok(served?)
+        })
+    }
+}

@@ -1,0 +1,233 @@
+//! Devices of images below snapshots: attached by the daemon, mounted here.
+//!
+//! Nothing is remembered in memory: whether a device is there is asked of the daemon and of the kernel each time, so that
+//! either may have been restarted meanwhile. What belongs to which snapshot is told by paths: a device that is mounted
+//! on, or writes to, a directory below `snapshots/N` is snapshot N's.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::mount::UnmountFlags;
+
+use super::failure::Failure;
+use super::record::Found;
+use crate::daemon::client::Client;
+use crate::daemon::control::{Attach, Attached, Call, DeviceInfo, InUse, Kind, Lifetime, Problem, SourceAccess, State};
+use crate::daemon::images::index_cache;
+use crate::daemon::mounts;
+use crate::daemon::uppers::{Place, Writable};
+use crate::fetch::{Parts, keep_image};
+use crate::source::BlobPlace;
+
+/// How the daemon is reached.
+#[derive(Clone)]
+pub struct Daemon {
+    /// Its run directory.
+    pub run: PathBuf,
+    /// Connects, and starts it when none runs.
+    pub start: Arc<dyn Fn() -> Result<Client, Problem> + Send + Sync>,
+}
+
+/// The devices of one snapshotter.
+pub struct Devices {
+    daemon: Daemon,
+    access: SourceAccess,
+    transport: String,
+    snapshots: PathBuf,
+    /// One at a time works on a snapshot's device; the others find it done.
+    turns: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
+}
+
+impl Devices {
+    /// The devices of snapshots in the directory `snapshots`, whose sources are reached by `access`.
+    #[must_use]
+    pub fn new(daemon: Daemon, access: SourceAccess, transport: String, snapshots: PathBuf) -> Self {
+        Self { daemon, access, transport, snapshots, turns: Mutex::default() }
+    }
+
+    /// Puts what containerd has of an image where the daemon looks before it asks a registry. Blocks.
+    ///
+    /// # Errors
+    /// Parts that do not belong together, or what the system says.
+    pub fn keep(&self, parts: &Parts<'_>) -> Result<(), Failure> {
+        let root = (self.daemon.start)()?.hello().root.clone();
+        Ok(keep_image(&index_cache(&root), parts)?)
+    }
+
+    /// Where the image's device is mounted, read-only, for the index in `dir`; it is attached and mounted when it is not.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// What the daemon or mount(2) says.
+    pub fn lower(&self, dir: &Path, found: &Found) -> Result<PathBuf, Failure> {
+        let point = dir.join("mnt");
+        let turn = self.turn(dir);
+        let _turn = turn.lock();
+        let mounted = mounts::at(&point)?;
+        let mut client = match ((self.daemon.start)(), &mounted) {
+            (Ok(client), _) => client,
+            (Err(problem), Some(mount)) => {
+                // It may be on its way back; its devices are served again then, or fail as they do without us.
+                tracing::warn!("{} is used without asking the daemon: {problem}", mount.source.display());
+                return Ok(point);
+            }
+            (Err(problem), None) => return Err(problem.into()),
+        };
+        let known = find(&mut client, &point)?;
+        match (&known, &mounted) {
+            (Some(device), Some(mount)) if device.state != State::Lost && device.device == mount.source => {
+                return Ok(point);
+            }
+            _ => {}
+        }
+        // A device whose server died: what is open on it stays as it is, what comes from now on gets another one.
+        if mounted.is_some() {
+            unmount(&point)?;
+        }
+        if let Some(device) = known {
+            tracing::warn!("{}: {} is replaced", device.id, device.device.display());
+            detach(&mut client, &device);
+        }
+        std::fs::create_dir_all(&point)
+            .map_err(|error| Failure::Failed(format!("creating {}: {error}", point.display())))?;
+        let attached = self.attach(&mut client, found, None)?;
+        mounts::mount(&attached, &point)?;
+        let settle = Call::Settle { target: attached.device.id, mountpoint: Some(point.clone()) };
+        match client.call::<DeviceInfo>(settle) {
+            Ok(_) => Ok(point),
+            Err(problem) => {
+                unmount(&point)?;
+                Err(problem.into())
+            }
+        }
+    }
+
+    /// The block device of the container whose snapshot is in `dir`: the image's, with what the container writes kept
+    /// in that directory. Blocks.
+    ///
+    /// # Errors
+    /// What the daemon says.
+    pub fn block(&self, dir: &Path, found: &Found) -> Result<PathBuf, Failure> {
+        let upper = dir.join("upper");
+        let turn = self.turn(dir);
+        let _turn = turn.lock();
+        let mut client = (self.daemon.start)()?;
+        if let Some(device) = of_upper(&mut client, &upper)? {
+            if device.state != State::Lost {
+                return Ok(device.device);
+            }
+            detach(&mut client, &device);
+        }
+        let attached = self.attach(&mut client, found, Some(Writable { place: Place::Kept(upper), size: None }))?;
+        if attached.file_system != "ext4" {
+            let message = format!("{}: its file system is {:?}, not ext4", found.reference, attached.file_system);
+            return Err(Failure::Precondition(message));
+        }
+        let settle = Call::Settle { target: attached.device.id, mountpoint: None };
+        Ok(client.call::<DeviceInfo>(settle)?.device)
+    }
+
+    /// Gives up what the snapshot in `dir` holds. A device that somebody still uses stays until
+    /// [`reap`](Self::reap) finds it free. Blocks.
+    ///
+    /// # Errors
+    /// A mount that can't be undone.
+    pub fn release(&self, dir: &Path) -> Result<(), Failure> {
+        let turn = self.turn(dir);
+        let held = turn.lock();
+        let point = dir.join("mnt");
+        if mounts::at(&point)?.is_some() {
+            unmount(&point)?;
+        }
+        // Without a daemon there is nothing to detach; it looks for what it left behind when it starts.
+        if let Some(mut client) = Client::connect(&self.daemon.run)? {
+            let of_upper = of_upper(&mut client, &dir.join("upper"))?;
+            for device in find(&mut client, &point)?.into_iter().chain(of_upper) {
+                detach(&mut client, &device);
+            }
+        }
+        drop(held);
+        self.turns.lock().remove(dir);
+        Ok(())
+    }
+
+    /// Unmounts and detaches what belongs to snapshots that are not there any more. Says how many devices are still in
+    /// use. Blocks.
+    ///
+    /// # Errors
+    /// A table of mounts that can't be read, or what the daemon says.
+    pub fn reap(&self) -> Result<usize, Failure> {
+        let owner = |path: &Path| {
+            let first = path.strip_prefix(&self.snapshots).ok()?.components().next()?;
+            Some(self.snapshots.join(first))
+        };
+        let orphaned = |path: &Path| owner(path).is_some_and(|dir| !dir.exists());
+        for mount in mounts::all()?.iter().rev().filter(|mount| orphaned(&mount.dir)) {
+            unmount(&mount.dir)?;
+        }
+        let Some(mut client) = Client::connect(&self.daemon.run)? else { return Ok(0) };
+        let devices: Vec<DeviceInfo> = client.call(Call::List)?;
+        let is_ours = |device: &&DeviceInfo| {
+            device.mountpoint.as_deref().is_some_and(orphaned)
+                || device.upper.as_ref().is_some_and(|upper| orphaned(&upper.dir))
+        };
+        Ok(devices.iter().filter(is_ours).filter(|device| !detach(&mut client, device)).count())
+    }
+
+    fn attach(&self, client: &mut Client, found: &Found, writable: Option<Writable>) -> Result<Attached, Failure> {
+        let mut access = self.access.clone();
+        if let Some(dir) = &found.blobs {
+            // What is on this machine is asked first.
+            access.blobs.insert(0, BlobPlace::local(dir));
+        }
+        let attach = Attach {
+            reference: found.reference.clone(),
+            access,
+            on_outage: None,
+            transport: self.transport.clone(),
+            read_ahead_kb: None,
+            writable,
+            lifetime: Lifetime::Tentative,
+        };
+        Ok(client.call(Call::Attach(attach))?)
+    }
+
+    fn turn(&self, dir: &Path) -> Arc<Mutex<()>> {
+        Arc::clone(self.turns.lock().entry(dir.to_owned()).or_default())
+    }
+}
+
+fn find(client: &mut Client, target: &Path) -> Result<Option<DeviceInfo>, Failure> {
+    match client.call(Call::Find { target: target.display().to_string() }) {
+        Ok(device) => Ok(Some(device)),
+        Err(problem) if problem.kind == Kind::NotFound => Ok(None),
+        Err(problem) => Err(problem.into()),
+    }
+}
+
+fn of_upper(client: &mut Client, upper: &Path) -> Result<Option<DeviceInfo>, Failure> {
+    let devices: Vec<DeviceInfo> = client.call(Call::List)?;
+    Ok(devices.into_iter().find(|device| device.upper.as_ref().is_some_and(|info| info.dir == upper)))
+}
+
+/// Says whether the device is gone.
+fn detach(client: &mut Client, device: &DeviceInfo) -> bool {
+    match client.call::<DeviceInfo>(Call::Detach { target: device.id.clone(), in_use: InUse::Refuse }) {
+        Ok(_) => true,
+        Err(problem) if problem.kind == Kind::NotFound => true,
+        Err(problem) => {
+            tracing::info!("{problem}; tried again later");
+            false
+        }
+    }
+}
+
+/// Overlays keep what they were made of, so that a mount below one that runs can be undone.
+fn unmount(point: &Path) -> Result<(), Failure> {
+    let undo = |flags| rustix::mount::unmount(point, UnmountFlags::NOFOLLOW | flags);
+    undo(UnmountFlags::empty())
+        .or_else(|_| undo(UnmountFlags::DETACH))
+        .map_err(|errno| Failure::Failed(format!("unmounting {}: {}", point.display(), std::io::Error::from(errno))))
+}

@@ -1,0 +1,451 @@
+//! Pulling a firstread image into containerd: its manifest, its configuration and its index, and nothing else.
+//!
+//! For clients that can't: `ctr` of containerd 1.x downloads every layer before it asks a snapshotter. What is done here is
+//! what containerd's own client does when it unpacks while it pulls, by the same calls.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use oci_spec::image::{Descriptor, ImageManifest};
+use parking_lot::Mutex;
+use serde::Serialize;
+use tonic::{Code, Status};
+
+use super::api::Api;
+use super::locate::REFERENCE;
+use super::wire::content::{self, WriteAction, WriteRequest, WriteResponse};
+use super::wire::snapshots::{CommitRequest, InfoResponse, KeyRequest, MountsResponse, PrepareRequest};
+use super::wire::{Descriptor as WireDescriptor, Empty, FieldMask, Labels, diff, images, leases, snapshots};
+use crate::chunk::Digest;
+use crate::daemon::control::{Kind, Problem, SourceAccess};
+use crate::daemon::images::source_access;
+use crate::error::Error;
+use crate::oci::{
+    Document, Layers, MAX_CONFIG_BYTES, Platform, Reference, RegistryReference, annotation, descriptor_digest,
+    media_type,
+};
+use crate::source::{RawDocument, Repository};
+
+/// Most bytes of an index layer that are pulled.
+const INDEX_LAYER_MAX: u64 = 2 << 30;
+/// How long containerd keeps what was pulled when this process dies: a day.
+const LEASE_SECONDS: u64 = 24 * 3600;
+/// The prefix of what containerd tells snapshotters.
+const INHERITED: &str = "containerd.io/snapshot/";
+/// The label that names a layer's chain.
+const REF: &str = "containerd.io/snapshot.ref";
+
+/// What is to be pulled, and where to.
+#[derive(Clone, Debug)]
+pub struct Pull {
+    /// The image.
+    pub reference: RegistryReference,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// What containerd's configuration calls the snapshotter.
+    pub snapshotter: String,
+    /// How the registry is reached.
+    pub access: SourceAccess,
+}
+
+/// What was pulled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Pulled {
+    /// The image's name in containerd.
+    pub image: String,
+    /// Digest of what the name stands for.
+    pub digest: String,
+    /// Bytes that were received.
+    pub received: u64,
+    /// Stored bytes of the packs, which were not.
+    pub left: u64,
+}
+
+/// Forgets an image in containerd, and what only it needs, before the answer. One that is not there is none.
+///
+/// # Errors
+/// What containerd says.
+pub async fn forget(containerd: &Api, pull: &Pull) -> Result<(), Problem> {
+    let api = containerd.within(&pull.namespace).map_err(refused)?;
+    let request = images::DeleteRequest { name: name_of(&pull.reference), sync: true };
+    match api.call::<_, Empty>(images::SERVICE, "Delete", request).await {
+        Err(status) if status.code() != Code::NotFound => Err(refused(status)),
+        _ => Ok(()),
+    }
+}
+
+/// Pulls an image.
+///
+/// # Errors
+/// What the registry or containerd says; an image that is not firstread's, or a snapshotter that is not.
+pub async fn pull(containerd: &Api, pull: &Pull) -> Result<Pulled, Problem> {
+    let api = containerd.within(&pull.namespace).map_err(refused)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let lease = format!("firstread-{}-{}", now.as_nanos(), std::process::id());
+    let labels = [("containerd.io/gc.expire".to_owned(), rfc3339(now.as_secs() + LEASE_SECONDS))].into();
+    let request = leases::CreateRequest { id: lease.clone(), labels };
+    api.call::<_, leases::CreateResponse>(leases::SERVICE, "Create", request).await.map_err(refused)?;
+    let leased = api.leased(&lease).map_err(refused)?;
+    let done = Puller { api: leased, pull, places: places(pull).await?, received: 0 }.run().await;
+    // It ends by itself otherwise.
+    let ended = api.call::<_, Empty>(leases::SERVICE, "Delete", leases::DeleteRequest { id: lease }).await;
+    if let Err(status) = ended {
+        tracing::warn!("ending containerd's lease: {}", status.message());
+    }
+    done
+}
+
+async fn places(pull: &Pull) -> Result<Vec<Arc<Repository>>, Problem> {
+    let reference = Reference::Registry(pull.reference.clone());
+    let all = Repository::open_all(&reference, &source_access(&pull.access)).await?;
+    Ok(all.into_iter().map(Arc::new).collect())
+}
+
+struct Puller<'a> {
+    api: Api,
+    pull: &'a Pull,
+    places: Vec<Arc<Repository>>,
+    received: u64,
+}
+
+impl Puller<'_> {
+    async fn run(mut self) -> Result<Pulled, Problem> {
+        let top = self.ask(|place| async move { place.manifest().await }, Repository::resolves).await?;
+        self.received += top.bytes.len() as u64;
+        let (raw, manifest) = match Document::parse(&top.bytes, &top.media_type)? {
+            Document::Manifest(manifest) => (top.clone(), manifest),
+            Document::Index(index) => {
+                let entry = Document::pick(&index, &Platform::host(), &name_of(&self.pull.reference))?;
+                let digest = descriptor_digest(entry)?;
+                let raw = self.ask(|place| async move { place.manifest_by_digest(&digest).await }, |_| true).await?;
+                self.received += raw.bytes.len() as u64;
+                let number = index.manifests().iter().position(|other| other.digest() == entry.digest());
+                let label = format!("containerd.io/gc.ref.content.m.{}", number.unwrap_or_default());
+                // The manifest has to be there before what refers to it, or it could be collected.
+                self.keep(&top, [(label, digest.to_string())].into()).await?;
+                match Document::parse(&raw.bytes, &raw.media_type)? {
+                    Document::Manifest(manifest) => (raw, manifest),
+                    Document::Index(_) => return Err(Error::invalid("image", "its indexes are nested").into()),
+                }
+            }
+        };
+        let layers = Layers::of(&manifest).map_err(|error| {
+            Problem::from(error).hint("`firstread build` converts it; `ctr image pull` pulls it as it is")
+        })?;
+        let mut labels: Labels =
+            [("containerd.io/gc.ref.content.config".to_owned(), manifest.config().digest().to_string())].into();
+        for (number, layer) in manifest.layers().iter().enumerate() {
+            labels.insert(format!("containerd.io/gc.ref.content.l.{number}"), layer.digest().to_string());
+        }
+        self.keep(&raw, labels).await?;
+        let digest = descriptor_digest(manifest.config())?;
+        let bytes = manifest.config().size();
+        let config =
+            self.ask(|place| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await }, |_| true).await?;
+        self.received += config.len() as u64;
+        self.write(&digest, Bytes::from(config.clone()), self.source()).await?;
+        self.fetch_index(&layers).await?;
+        let top_chain = self.unpack(&manifest, &config).await?;
+        let label = format!("containerd.io/gc.ref.snapshot.{}", self.pull.snapshotter);
+        self.relabel(&digest, [(label, top_chain)].into()).await?;
+        self.name(&top).await?;
+        Ok(Pulled {
+            image: name_of(&self.pull.reference),
+            digest: top.digest.to_string(),
+            received: self.received,
+            left: layers.packs.iter().map(|(_, _, bytes)| bytes).sum(),
+        })
+    }
+
+    /// The first place's answer that is one; the last one's error otherwise.
+    async fn ask<T, F: Future<Output = crate::Result<T>>>(
+        &self,
+        ask: impl Fn(Arc<Repository>) -> F,
+        may: impl Fn(&Repository) -> bool,
+    ) -> Result<T, Problem> {
+        let mut last = Error::unreachable(name_of(&self.pull.reference), "it has no source");
+        for place in self.places.iter().filter(|place| may(place)) {
+            match ask(Arc::clone(place)).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => last = error,
+            }
+        }
+        Err(last.into())
+    }
+
+    /// Says in containerd where a blob came from, as its own client does.
+    fn source(&self) -> Labels {
+        let RegistryReference { host, repository, .. } = &self.pull.reference;
+        let host = host.rsplit_once(':').map_or(host.as_str(), |(host, _)| host);
+        [(format!("containerd.io/distribution.source.{host}"), repository.clone())].into()
+    }
+
+    async fn keep(&self, document: &RawDocument, mut labels: Labels) -> Result<(), Problem> {
+        labels.extend(self.source());
+        self.write(&document.digest, Bytes::from(document.bytes.clone()), labels).await
+    }
+
+    async fn fetch_index(&mut self, layers: &Layers) -> Result<(), Problem> {
+        let layer = &layers.index;
+        if layer.bytes > INDEX_LAYER_MAX {
+            return Err(Error::invalid("index", format!("its layer has {} bytes", layer.bytes)).into());
+        }
+        if self.has(&layer.digest).await? {
+            return self.relabel(&layer.digest, self.source()).await;
+        }
+        let (digest, bytes) = (layer.digest, layer.bytes);
+        let body = self.ask(|place| async move { place.blob(&digest, bytes).await }, |_| true).await?;
+        let broken = Arc::new(Mutex::new(None));
+        let request = WriteRequest {
+            r#ref: format!("firstread-{digest}"),
+            total: i64::try_from(bytes).unwrap_or(i64::MAX),
+            expected: digest.to_string(),
+            ..WriteRequest::default()
+        };
+        let (piece, failed, end) = (request.clone(), Arc::clone(&broken), request);
+        let pieces = body.scan(0i64, move |offset, data| {
+            let at = *offset;
+            let next = match data {
+                Ok(data) => {
+                    *offset += i64::try_from(data.len()).unwrap_or_default();
+                    let action = WriteAction::Write.into();
+                    Some(WriteRequest { action, offset: at, data, ..piece.clone() })
+                }
+                Err(error) => {
+                    *failed.lock() = Some(error);
+                    None
+                }
+            };
+            std::future::ready(next)
+        });
+        let whole = end.total;
+        let commit = WriteRequest { action: WriteAction::Commit.into(), offset: whole, labels: self.source(), ..end };
+        let sent = self.send(pieces.chain(futures_util::stream::iter([commit]))).await;
+        if let Some(error) = broken.lock().take() {
+            return Err(error.into());
+        }
+        self.received += bytes;
+        sent
+    }
+
+    async fn write(&self, digest: &Digest, data: Bytes, labels: Labels) -> Result<(), Problem> {
+        if self.has(digest).await? {
+            return self.relabel(digest, labels).await;
+        }
+        let total = i64::try_from(data.len()).unwrap_or(i64::MAX);
+        let request = WriteRequest {
+            action: WriteAction::Commit.into(),
+            r#ref: format!("firstread-{digest}"),
+            total,
+            expected: digest.to_string(),
+            data,
+            labels,
+            ..WriteRequest::default()
+        };
+        self.send(futures_util::stream::iter([request])).await
+    }
+
+    async fn send(
+        &self,
+        requests: impl futures_util::Stream<Item = WriteRequest> + Send + 'static,
+    ) -> Result<(), Problem> {
+        let sent = async {
+            let mut answers = self.api.talk::<_, WriteResponse>(content::SERVICE, "Write", requests).await?;
+            while answers.message().await?.is_some() {}
+            Ok(())
+        };
+        match sent.await {
+            Err(status) if Status::code(&status) != Code::AlreadyExists => Err(refused(status)),
+            _ => Ok(()),
+        }
+    }
+
+    async fn has(&self, digest: &Digest) -> Result<bool, Problem> {
+        let request = content::InfoRequest { digest: digest.to_string() };
+        match self.api.call::<_, content::InfoResponse>(content::SERVICE, "Info", request).await {
+            Ok(_) => Ok(true),
+            Err(status) if status.code() == Code::NotFound => Ok(false),
+            Err(status) => Err(refused(status)),
+        }
+    }
+
+    async fn relabel(&self, digest: &Digest, labels: Labels) -> Result<(), Problem> {
+        let paths = labels.keys().map(|name| format!("labels.{name}")).collect();
+        let info = content::Info { digest: digest.to_string(), labels, ..content::Info::default() };
+        let request = content::UpdateRequest { info: Some(info), update_mask: Some(FieldMask { paths }) };
+        let done: Result<content::InfoResponse, _> = self.api.call(content::SERVICE, "Update", request).await;
+        done.map(drop).map_err(refused)
+    }
+
+    /// Has the snapshotter take the packs, and containerd apply the index. The name of the whole chain.
+    async fn unpack(&self, manifest: &ImageManifest, config: &[u8]) -> Result<String, Problem> {
+        let config: oci_spec::image::ImageConfiguration = serde_json::from_slice(config)
+            .map_err(|error| Error::invalid("the image's configuration", error.to_string()))?;
+        let diffs = config.rootfs().diff_ids();
+        if diffs.len() != manifest.layers().len() || diffs.is_empty() {
+            let reason = format!("it has {} layers and {} of their digests", manifest.layers().len(), diffs.len());
+            return Err(Error::invalid("the image's configuration", reason).into());
+        }
+        let mut chain = String::new();
+        for (layer, diff) in manifest.layers().iter().zip(diffs) {
+            let parent = chain.clone();
+            chain = match parent.as_str() {
+                "" => diff.clone(),
+                parent => Digest::of(format!("{parent} {diff}").as_bytes()).to_string(),
+            };
+            if !self.exists(&chain).await? {
+                self.add(layer, &parent, &chain, diff).await?;
+            }
+        }
+        Ok(chain)
+    }
+
+    async fn exists(&self, chain: &str) -> Result<bool, Problem> {
+        match self.snapshots::<_, InfoResponse>("Stat", self.key(chain)).await {
+            Ok(_) => Ok(true),
+            Err(status) if status.code() == Code::NotFound => Ok(false),
+            Err(status) => Err(refused(status)),
+        }
+    }
+
+    async fn add(&self, layer: &Descriptor, parent: &str, chain: &str, diff: &str) -> Result<(), Problem> {
+        let snapshotter = self.pull.snapshotter.clone();
+        let annotations = layer.annotations().clone().unwrap_or_default();
+        let mut labels: Labels = annotations.into_iter().filter(|(name, _)| name.starts_with(INHERITED)).collect();
+        let role = labels.get(annotation::ROLE).cloned().unwrap_or_default();
+        labels.insert(REF.to_owned(), chain.to_owned());
+        labels.insert(REFERENCE.to_owned(), name_of(&self.pull.reference));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let key = format!("firstread-{now}-{} {chain}", std::process::id());
+        let (parent, name) = (parent.to_owned(), chain.to_owned());
+        let request =
+            PrepareRequest { snapshotter: snapshotter.clone(), key: key.clone(), parent, labels: labels.clone() };
+        let mounts = match self.snapshots::<_, MountsResponse>("Prepare", request).await {
+            Ok(answer) => answer.mounts,
+            // It was taken, or another pull was faster.
+            Err(status) if status.code() == Code::AlreadyExists => return Ok(()),
+            Err(status) => return Err(refused(status)),
+        };
+        let applied = match role.as_str() {
+            annotation::ROLE_INDEX => self.apply(layer, mounts, diff).await,
+            _ => {
+                let message =
+                    format!("containerd's snapshotter {snapshotter:?} wants the packs: it is not firstread's");
+                Err(Problem::new(Kind::Failed, message)
+                    .hint("`firstread doctor --containerd` prints its configuration"))
+            }
+        };
+        if applied.is_ok() {
+            let request = CommitRequest { snapshotter, name, key: key.clone(), labels };
+            match self.snapshots::<_, Empty>("Commit", request).await {
+                Ok(_) => return Ok(()),
+                Err(status) if status.code() == Code::AlreadyExists => {}
+                Err(status) => return Err(refused(status)),
+            }
+        }
+        self.snapshots::<_, Empty>("Remove", self.key(&key)).await.map_err(refused)?;
+        applied
+    }
+
+    async fn apply(&self, layer: &Descriptor, mounts: Vec<super::wire::Mount>, diff: &str) -> Result<(), Problem> {
+        let request = diff::ApplyRequest { diff: Some(descriptor(layer)), mounts };
+        let answer: diff::ApplyResponse = self.api.call(diff::SERVICE, "Apply", request).await.map_err(refused)?;
+        let applied = answer.applied.unwrap_or_default().digest;
+        if applied != diff {
+            let reason = format!("its index unpacks to {applied}, not to {diff}");
+            return Err(Error::invalid("firstread image", reason).into());
+        }
+        Ok(())
+    }
+
+    /// Names the image.
+    async fn name(&self, top: &RawDocument) -> Result<(), Problem> {
+        let kind = match Document::parse(&top.bytes, &top.media_type)? {
+            Document::Manifest(_) => media_type::MANIFEST,
+            Document::Index(_) if top.media_type == media_type::DOCKER_INDEX => media_type::DOCKER_INDEX,
+            Document::Index(_) => media_type::INDEX,
+        };
+        let target = WireDescriptor {
+            media_type: kind.to_owned(),
+            digest: top.digest.to_string(),
+            size: i64::try_from(top.bytes.len()).unwrap_or(i64::MAX),
+            annotations: Labels::new(),
+        };
+        let image =
+            images::Image { name: name_of(&self.pull.reference), target: Some(target), ..images::Image::default() };
+        let request = images::CreateRequest { image: Some(image.clone()) };
+        match self.api.call::<_, images::ImageResponse>(images::SERVICE, "Create", request).await {
+            Ok(_) => return Ok(()),
+            Err(status) if status.code() == Code::AlreadyExists => {}
+            Err(status) => return Err(refused(status)),
+        }
+        let update_mask = Some(FieldMask { paths: vec!["target".to_owned()] });
+        let request = images::UpdateRequest { image: Some(image), update_mask };
+        let done: Result<images::ImageResponse, _> = self.api.call(images::SERVICE, "Update", request).await;
+        done.map(drop).map_err(refused)
+    }
+
+    fn key(&self, key: &str) -> KeyRequest {
+        KeyRequest { snapshotter: self.pull.snapshotter.clone(), key: key.to_owned() }
+    }
+
+    async fn snapshots<Q, A>(&self, method: &str, request: Q) -> Result<A, Status>
+    where
+        Q: prost::Message + 'static,
+        A: prost::Message + Default + 'static,
+    {
+        self.api.call(snapshots::SERVICE, method, request).await
+    }
+}
+
+fn name_of(reference: &RegistryReference) -> String {
+    Reference::Registry(reference.clone()).to_string()
+}
+
+fn descriptor(layer: &Descriptor) -> WireDescriptor {
+    WireDescriptor {
+        media_type: layer.media_type().to_string(),
+        digest: layer.digest().to_string(),
+        size: i64::try_from(layer.size()).unwrap_or(i64::MAX),
+        annotations: layer.annotations().clone().unwrap_or_default(),
+    }
+}
+
+/// What containerd said.
+pub fn refused(status: Status) -> Problem {
+    let message = format!("containerd: {}", status.message());
+    match status.code() {
+        Code::Unavailable => Problem::new(Kind::Failed, message).hint("does it run? --containerd names its socket"),
+        _ => Problem::new(Kind::Failed, message),
+    }
+}
+
+/// Seconds since 1970 as RFC 3339 has them, in UTC.
+fn rfc3339(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86400, seconds % 86400);
+    // Howard Hinnant's days-to-civil, for days since 1970 on the proleptic Gregorian calendar.
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hours, minutes, seconds) = (rest / 3600, rest % 3600 / 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_rfc_3339() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(rfc3339(1_795_363_199), "2026-11-22T15:59:59Z");
+    }
+}
