@@ -294,7 +294,7 @@ impl Geometry {
 }
 
 /// Sets the bits `from..to`.
-fn set_bits(bitmap: &mut Block, from: u64, to: u64) {
+pub fn set_bits(bitmap: &mut Block, from: u64, to: u64) {
     for (byte, first) in bitmap.iter_mut().zip((0u64..).step_by(8)) {
         let (low, high) = (from.clamp(first, first + 8) - first, to.clamp(first, first + 8) - first);
         if low < high {

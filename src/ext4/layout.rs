@@ -31,6 +31,8 @@ pub const ROOT_INODE: u32 = 2;
 pub const FIRST_INODE: u32 = 11;
 /// The most links of an inode (`EXT4_LINK_MAX`).
 pub const LINK_MAX: u32 = 65_000;
+/// `EXT4_SUPER_MAGIC`.
+pub const MAGIC: u16 = 0xef53;
 /// Where the superblock is in block 0.
 pub const SUPERBLOCK_OFFSET: usize = 1024;
 
@@ -40,6 +42,10 @@ pub mod feature {
     pub const COMPATIBLE: u32 = 0x8 | 0x20 | 0x200;
     /// filetype, extents, flex_bg (`EXT4_FEATURE_INCOMPAT_*`).
     pub const INCOMPATIBLE: u32 = 0x2 | 0x40 | 0x200;
+    /// A journal (`EXT4_FEATURE_COMPAT_HAS_JOURNAL`).
+    pub const HAS_JOURNAL: u32 = 0x4;
+    /// Descriptors in the groups that they describe (`EXT4_FEATURE_INCOMPAT_META_BG`).
+    pub const META_BG: u32 = 0x10;
     /// large_file, huge_file, dir_nlink, extra_isize, metadata_csum (`EXT4_FEATURE_RO_COMPAT_*`).
     pub const READ_ONLY_COMPATIBLE: u32 = 0x2 | 0x8 | 0x20 | 0x40 | 0x400;
     /// Names are hashed as signed bytes (`EXT2_FLAGS_SIGNED_HASH`), as all make them that know no other way.

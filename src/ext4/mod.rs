@@ -20,6 +20,7 @@ mod dir;
 mod emit;
 mod extent;
 mod group;
+mod grow;
 mod hash;
 mod htree;
 mod inode;
@@ -35,6 +36,7 @@ mod xattr;
 
 pub mod plan;
 
+pub use grow::{Growth, grow};
 pub use hash::name_hash;
 pub use layout::BLOCK_SIZE;
 pub use plan::{ALIGN_MAX, Options, Plan, plan};

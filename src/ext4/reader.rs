@@ -5,7 +5,9 @@ use std::collections::VecDeque;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::layout::{BLOCK_SIZE, DESCRIPTOR_SIZE, GroupDescriptor, ROOT_INODE, SUPERBLOCK_OFFSET, SuperBlock};
+use super::layout::{
+    BLOCK_SIZE, DESCRIPTOR_SIZE, GroupDescriptor, MAGIC, ROOT_INODE, SUPERBLOCK_OFFSET, SuperBlock, feature,
+};
 use crate::error::{Error, Result};
 
 /// Most groups: twice as many as 16 TiB have.
@@ -13,12 +15,14 @@ const MAX_GROUPS: u32 = 1 << 18;
 /// Most blocks that are looked at, inode tables and directories together.
 const MAX_BLOCKS: u64 = 8 << 20;
 
-pub(super) const MAGIC: u16 = 0xef53;
 /// `EXT4_FEATURE_INCOMPAT_64BIT`.
 const INCOMPAT_64BIT: u32 = 0x80;
+/// `EXT4_FEATURE_RO_COMPAT_SPARSE_SUPER` and `EXT4_FEATURE_COMPAT_SPARSE_SUPER2`.
+const SPARSE_SUPER: u32 = 0x1;
+const SPARSE_SUPER2: u32 = 0x200;
 /// Features with which blocks mean something else: meta_bg, inline data, encryption, casefolding and so on leave the
 /// rest readable, a journal to be replayed or compression do not.
-const INCOMPAT_UNREADABLE: u32 = 0x1 | 0x4 | 0x8 | 0x10;
+const INCOMPAT_UNREADABLE: u32 = 0x1 | 0x4 | 0x8;
 
 /// Blocks that are read at once: a chunk's worth of metadata.
 const WINDOW_BLOCKS: u64 = 64;
@@ -65,9 +69,19 @@ impl Opened {
             return Err(invalid(format!("it has {count} groups")));
         }
         let per_block = (BLOCK_SIZE / descriptor) as u32;
+        let has_meta = incompat & feature::META_BG != 0;
+        let first_meta = if has_meta { superblock.first_meta_group.get() } else { u32::MAX };
+        // sparse_super and sparse_super2: no group that is the first one of a block of descriptors, but the first of all.
+        let (compat, ro_compat) = (superblock.feature_compat.get(), superblock.feature_ro_compat.get());
+        let every_group_has_one = ro_compat & SPARSE_SUPER == 0 && compat & SPARSE_SUPER2 == 0;
         let mut groups = Vec::new();
         for group in 0..count {
-            let block = reader.block(1 + group / per_block)?;
+            let meta = group / per_block;
+            // In front, or in the first group that they describe, behind a superblock if one is there.
+            let behind = u32::from(meta == 0 || every_group_has_one);
+            let own = || superblock.blocks_per_group.get().checked_mul(meta * per_block)?.checked_add(behind);
+            let at = if meta < first_meta { Some(1 + meta) } else { own() };
+            let block = reader.block(at.ok_or_else(|| invalid("its descriptors are behind its end"))?)?;
             groups.push(parse(&block, (group % per_block) as usize * descriptor)?);
         }
         Ok(Some(Self { superblock, inode_size, groups }))

@@ -8,12 +8,12 @@ use std::ops::Range;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::checksum::Checksum;
-use super::layout::{BLOCK_SIZE, BLOCKS_PER_GROUP, Block, SUPERBLOCK_OFFSET, SuperBlock, group_flag};
-use super::reader::{MAGIC, Opened, ReadBlocks, Reader};
+use super::layout::{BLOCK_SIZE, BLOCKS_PER_GROUP, Block, MAGIC, SUPERBLOCK_OFFSET, SuperBlock, group_flag};
+use super::reader::{Opened, ReadBlocks, Reader};
 use crate::error::Result;
 
-/// `EXT4_FEATURE_INCOMPAT_META_BG`, `EXT4_FEATURE_INCOMPAT_CSUM_SEED`: descriptors or checksums are elsewhere.
-const INCOMPAT_UNKNOWN: u32 = 0x10 | 0x2000;
+/// `EXT4_FEATURE_INCOMPAT_CSUM_SEED`: checksums begin with something else.
+const INCOMPAT_UNKNOWN: u32 = 0x2000;
 /// `EXT4_FEATURE_RO_COMPAT_BIGALLOC`: a bit is not a block.
 const RO_COMPAT_BIGALLOC: u32 = 0x200;
 /// `EXT4_FEATURE_RO_COMPAT_METADATA_CSUM`.

@@ -6,7 +6,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::checksum::Checksum;
 use super::group::Geometry;
 use super::layout::{
-    BLOCKS_PER_GROUP, Block, DESCRIPTORS_PER_BLOCK, EXTRA_ISIZE, FIRST_INODE, INODE_SIZE, SUPERBLOCK_OFFSET,
+    BLOCKS_PER_GROUP, Block, DESCRIPTORS_PER_BLOCK, EXTRA_ISIZE, FIRST_INODE, INODE_SIZE, MAGIC, SUPERBLOCK_OFFSET,
     SuperBlock, ZERO_BLOCK, feature,
 };
 use super::tree::Time;
@@ -62,7 +62,7 @@ pub fn encode(geometry: &Geometry, names: &Names, time: Time) -> Block {
     raw.clusters_per_group = U32::new(BLOCKS_PER_GROUP);
     raw.inodes_per_group = U32::new(geometry.inodes_per_group);
     raw.max_mount_count = U16::new(u16::MAX);
-    raw.magic = U16::new(0xef53);
+    raw.magic = U16::new(MAGIC);
     raw.state = U16::new(1);
     raw.errors = U16::new(1);
     raw.revision = U32::new(1);
