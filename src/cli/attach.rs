@@ -77,5 +77,6 @@ pub fn request(
         let reasons = attached.passed_over.join("; ");
         context.output.remark(format!("transport {} ({reasons})", attached.device.transport));
     }
+    attached.remarks.iter().for_each(|remark| context.output.remark(remark.clone()));
     Ok((client, attached))
 }

@@ -101,6 +101,7 @@ impl Export {
             serve,
         }));
         let outcome = exported.and_then(|exported| {
+            exported.remarks.iter().for_each(|remark| context.output.remark(remark));
             context.output.answer(&exported, |exported| exported.uri.clone())?;
             client.wait_for_end();
             Ok(())

@@ -400,6 +400,9 @@ pub struct Attached {
     pub inode_readahead_blks: u32,
     /// Why the transports before the chosen one were not possible.
     pub passed_over: Vec<String>,
+    /// What the user should know of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remarks: Vec<String>,
 }
 
 /// The kernel's own default.
@@ -418,6 +421,9 @@ pub struct Exported {
     pub uri: String,
     /// Size of the device in bytes.
     pub device_bytes: u64,
+    /// What the user should know of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remarks: Vec<String>,
 }
 
 /// The answer to [`Call::Snapshot`].

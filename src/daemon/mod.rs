@@ -11,6 +11,7 @@ pub mod control;
 pub mod devices;
 pub mod explore;
 pub mod exports;
+mod growth;
 pub mod images;
 pub mod jobs;
 pub mod keeping;

@@ -126,6 +126,7 @@ impl Node {
         let read_ahead_kb = request.read_ahead_kb.or(recorded).unwrap_or(READY_KB);
         // The start-up pack has all metadata that is needed; what is read beside it would only be waited for.
         let inode_readahead_blks = if image.index.startup_order().len() > 0 { 0 } else { 32 };
+        let remarks = opened.as_ref().and_then(|opened| opened.remark.clone()).into_iter().collect();
         let reopen = Reopen {
             reference: request.reference.clone(),
             access: request.access.clone(),
@@ -151,7 +152,7 @@ impl Node {
         if let Ok(entry) = self.devices.find(&info.id) {
             tokio::spawn(watch_start(Arc::downgrade(&entry)));
         }
-        Ok(Attached { inode_readahead_blks, device: info, file_system, device_bytes, passed_over })
+        Ok(Attached { inode_readahead_blks, device: info, file_system, device_bytes, passed_over, remarks })
     }
 
     /// Makes a device permanent, and remembers where it is mounted.
@@ -265,6 +266,7 @@ impl Node {
             Some(writable) => Some(self.new_upper(&image, &device, writable, &self.export_upper()?).await?),
             None => None,
         };
+        let remarks = opened.as_ref().and_then(|opened| opened.remark.clone()).into_iter().collect();
         let lower = device as Arc<dyn Device>;
         let device = opened.as_ref().map_or(lower, |opened| Arc::clone(&opened.overlay) as Arc<dyn Device>);
         let device_bytes = device.size();
@@ -286,7 +288,7 @@ impl Node {
             }
         };
         tracing::info!("{name} is exported at {}", serving.uri);
-        Ok((Exported { image: name, digest, uri: serving.uri.clone(), device_bytes }, serving))
+        Ok((Exported { image: name, digest, uri: serving.uri.clone(), device_bytes, remarks }, serving))
     }
 
     /// Detaches what can be detached, and stops if nothing is left or `in_use` says so.

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
 
 use super::config::Config;
 use super::control::DeviceInfo;
+use super::growth::grow;
 use super::node::{Node, blocking};
 use crate::device::upper::boot;
 use crate::device::upper::{self, Durability, LowerIdentity, Upper, UpperOptions};
@@ -70,10 +72,12 @@ fn directory(config: &Config) -> PathBuf {
 pub(super) struct Opened {
     pub overlay: Arc<Overlay>,
     pub info: UpperInfo,
+    /// What its user should know of it.
+    pub remark: Option<String>,
 }
 
 impl Node {
-    /// Opens the upper that is wished for over an image's device; a private one is new.
+    /// Opens the upper that is wished for over an image's device; a private one is new. The file system is grown to its size.
     pub(super) async fn new_upper(
         &self,
         image: &Arc<Image>,
@@ -86,7 +90,17 @@ impl Node {
             let dir = info.dir.clone();
             blocking(move || upper::remove(&dir)).await?;
         }
-        self.open_upper(image, device, info, writable.size).await
+        let (opened, lower_bytes) = (self.open_upper(image, device, info, writable.size).await?, device.size());
+        let runtime = Handle::current();
+        blocking(move || match grow(&opened.overlay, lower_bytes, &runtime) {
+            Ok(remark) => Ok(Opened { remark, ..opened }),
+            Err(error) => {
+                // The error that is told is the first one.
+                let _ = close(Some(opened.overlay.upper()), &opened.info);
+                Err(error)
+            }
+        })
+        .await
     }
 
     /// Opens the upper of a device again, or that of a new one.
@@ -107,7 +121,7 @@ impl Node {
             };
             let options = UpperOptions { size, durability: info.durability(), boot: boot() };
             let upper = Arc::new(Upper::open(&info.dir, &lower, &options)?);
-            Ok(Opened { overlay: Overlay::new(device, upper)?, info })
+            Ok(Opened { overlay: Overlay::new(device, upper)?, info, remark: None })
         })
         .await
     }

@@ -84,8 +84,9 @@ for transport in ublk nbd loop; do
     ! grep -hE 'I/O error|EXT4-fs error|Buffer I/O' <(dmesg) || die "$transport: the kernel complained"
 done
 
-# A private upper survives the daemon, and goes with the device.
-fr mount --quiet --rw "$IMAGE" "$WORK/mnt" >/dev/null
+# A private upper survives the daemon, and goes with the device. With a size the file system is as large as that.
+fr mount --quiet --rw --size 20G "$IMAGE" "$WORK/mnt" >/dev/null
+[ "$(df --output=size -BM "$WORK/mnt" | tail -n 1 | tr -dc 0-9)" -gt 19000 ] || die "private: df says $(df "$WORK/mnt")"
 echo private >"$WORK/mnt/private"
 disown "$server"
 kill -KILL "$server"
