@@ -99,7 +99,9 @@ async fn random_reads_and_short_runs_fetch_little_else() {
     }
     let needed: u64 = wanted.iter().map(|&at| u64::from(setup.image.index.chunk(at).unwrap().stored_len)).sum();
     let counters = setup.counters().await;
-    let allowed = needed + needed / 10 + (512 << 10);
+    // A quarter of the image is read, so that there is always something local nearby: neighbours weigh at most three quarters
+    // of what was missed, and some of them are read later.
+    let allowed = needed + needed / 2 + (512 << 10);
     assert!(counters.bytes <= allowed, "{} bytes for {needed}", counters.bytes);
 }
 

@@ -25,7 +25,8 @@ use program::Node;
 use published::published;
 use registry::Registry;
 
-const CHUNK: usize = 64 << 10;
+/// Large, so that each is a request of its own: a bit that is flipped in an answer is the chunk's that was read.
+const CHUNK: usize = 256 << 10;
 const CHUNKS: usize = 8;
 
 /// The faults, as rules without what says when. What says that the blob is gone (404) or is slow and moves (`drip`) has

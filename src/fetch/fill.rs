@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::fetcher::{Fetcher, Shared, check, outcome};
 use super::flight::Sharing;
+use super::order::Order;
 use super::{Origin, Priority};
 use crate::chunk::ChunkRef;
 use crate::index::{BLOCK, Index};
@@ -139,7 +140,7 @@ impl Fetcher {
     pub fn fill(&self, origin: &Arc<Origin>, index: &Arc<Index>) -> Filling {
         let stopped = Arc::new(AtomicBool::new(false));
         let (shared, origin) = (Arc::clone(&self.shared), Arc::clone(origin));
-        let fill = Fill { chunks: Order::new(&origin, index), next: 0, stopped: Arc::clone(&stopped) };
+        let fill = Fill { chunks: origin.order(index), next: 0, stopped: Arc::clone(&stopped) };
         let fill = Arc::new(Mutex::new((fill, Pace { bytes: PIECE_BYTES.0, slow: false })));
         for number in 0..TASKS {
             tokio::spawn(Arc::clone(&shared).run_fill(Arc::clone(&origin), Arc::clone(&fill), number));
@@ -148,24 +149,9 @@ impl Fetcher {
     }
 }
 
-/// Chunks as they lie in their packs, metadata first: it is at the front of the device.
-struct Order(Vec<ChunkRef>);
-
-impl Order {
-    fn new(origin: &Origin, index: &Index) -> Self {
-        let mut chunks: Vec<ChunkRef> = index.chunks().filter(|chunk| check(origin, chunk).is_ok()).collect();
-        chunks.sort_unstable_by_key(|chunk| (chunk.blob, chunk.offset));
-        Self(chunks)
-    }
-
-    /// The first chunk at or behind a place in a blob.
-    fn at(&self, place: (u32, u64)) -> usize {
-        self.0.partition_point(|chunk| (chunk.blob, chunk.offset) < place)
-    }
-}
-
 struct Fill {
-    chunks: Order,
+    /// Metadata comes first in them: it is at the front of the device.
+    chunks: Arc<Order>,
     /// Everything before is local, or was.
     next: usize,
     stopped: Arc<AtomicBool>,
@@ -176,40 +162,40 @@ impl Fill {
     fn piece(&mut self, shared: &Shared, origin: &Origin, bytes: u64) -> Vec<ChunkRef> {
         while let Some(place) = origin.readers.next_miss() {
             let first = self.chunks.at(place);
-            let piece = self.from(shared, first, bytes.min(NEARBY), NEARBY);
+            let piece = self.from(shared, origin, first, bytes.min(NEARBY), NEARBY);
             if !piece.is_empty() {
                 return piece;
             }
         }
-        let piece = self.from(shared, self.next, bytes, u64::MAX);
+        let piece = self.from(shared, origin, self.next, bytes, u64::MAX);
         if let Some(last) = piece.last() {
             self.next = self.chunks.at((last.blob, last.offset)) + 1;
         } else {
-            self.next = self.chunks.0.len();
+            self.next = self.chunks.len();
         }
         piece
     }
 
     /// Chunks of one blob from position `first` on that are not local, not more than `bytes` and none further away than
     /// `far`.
-    fn from(&self, shared: &Shared, first: usize, bytes: u64, far: u64) -> Vec<ChunkRef> {
+    fn from(&self, shared: &Shared, origin: &Origin, first: usize, bytes: u64, far: u64) -> Vec<ChunkRef> {
         let (mut piece, mut taken) = (Vec::<ChunkRef>::new(), 0);
-        let Some(start) = self.chunks.0.get(first) else { return piece };
+        let Some(start) = self.chunks.get(first) else { return piece };
         let (blob, limit) = (start.blob, start.offset.saturating_add(far));
-        for chunk in self.chunks.0.get(first..).unwrap_or_default() {
+        for chunk in self.chunks.iter_from(first) {
             let other_blob = chunk.blob != piece.first().map_or(blob, |first| first.blob);
             let bounded = far != u64::MAX;
             if (other_blob && (bounded || !piece.is_empty())) || (bounded && chunk.offset > limit) {
                 break;
             }
-            if shared.pool.contains(&chunk.digest) {
+            if shared.pool.contains(&chunk.digest) || check(origin, &chunk).is_err() {
                 continue;
             }
             taken += u64::from(chunk.stored_len);
             if taken > bytes && !piece.is_empty() {
                 break;
             }
-            piece.push(*chunk);
+            piece.push(chunk);
         }
         piece
     }

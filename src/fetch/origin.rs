@@ -9,13 +9,15 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use super::FetchOptions;
-use super::ahead::{Ahead, Order};
+use super::ahead::Ahead;
 use super::fill::Readers;
 use super::health::{Health, HealthReport};
 use super::hedge::Hedging;
 use super::log::{Fetched, Log, Startup};
+use super::order::Order;
 use super::patience::Patience;
 use super::queue::{MAX_SOURCES, Queue};
+use super::speed::Speed;
 use crate::chunk::{ChunkRef, Digest};
 use crate::index::{Blob, Index};
 use crate::source::Source;
@@ -35,6 +37,7 @@ pub struct Origin {
     order: Option<Arc<Order>>,
     ahead: Mutex<Ahead>,
     pub(super) hedging: Hedging,
+    pub(super) speed: Speed,
     pub(super) queue: Mutex<Queue>,
     /// Chunks that a source (by number) or no source (`None`) has right, of which there was an event.
     reported: Mutex<HashSet<(Digest, Option<usize>)>>,
@@ -58,6 +61,7 @@ impl Origin {
             order: None,
             ahead: Mutex::default(),
             hedging: Hedging::default(),
+            speed: Speed::default(),
             queue: Mutex::default(),
             reported: Mutex::default(),
             log: Log::default(),
@@ -85,6 +89,11 @@ impl Origin {
         Self { order: self.order.clone(), ..new }
     }
 
+    /// The chunks of `index`, which is the image's.
+    pub(super) fn order(&self, index: &Arc<Index>) -> Arc<Order> {
+        self.order.clone().unwrap_or_else(|| Arc::new(Order::new(Arc::clone(index))))
+    }
+
     /// What to ask for along with `missed`.
     pub(super) fn ahead(
         &self,
@@ -93,7 +102,9 @@ impl Origin {
         is_local: impl Fn(&ChunkRef) -> bool,
     ) -> Vec<ChunkRef> {
         match &self.order {
-            Some(order) if options.read_ahead > 0 => self.ahead.lock().of(missed, order, options, is_local),
+            Some(order) if options.read_ahead > 0 => {
+                self.ahead.lock().of(missed, order, options, &self.speed, is_local)
+            }
             _ => Vec::new(),
         }
     }

@@ -147,8 +147,9 @@ impl Shared {
         let mut body = self.open(origin, *number, blob, at, end);
         let mut hedge: Option<Hedge> = None;
         let mut hedged = false;
-        let startup = first.priority == Priority::Startup;
+        let asked = first.priority;
         let mut since = Instant::now();
+        let (mut begun, mut behind) = (None, 0);
         let mut stored = Vec::new();
         while !wants.is_empty() {
             let urgent = wants.iter().any(|want| want.ticket.urgent());
@@ -194,37 +195,54 @@ impl Shared {
                 origin.hedging.came(since.elapsed());
             }
             Counters::add(&origin.counters().bytes, piece.len() as u64);
-            if startup {
+            if asked == Priority::Startup {
                 Counters::add(&origin.counters().startup_bytes, piece.len() as u64);
             }
             let arrived = piece.len() as u64;
             let background = priority(wants) == Priority::Background;
-            let mut piece = &piece[..];
-            while let Some(want) = wants.front().filter(|_| !piece.is_empty()) {
-                // The gap before the chunk, then the chunk.
-                let gap = want.chunk.offset.saturating_sub(at).min(piece.len() as u64) as usize;
-                if stored.is_empty() {
-                    stored.reserve_exact(want.chunk.stored_len as usize);
-                }
-                let missing = want.chunk.stored_len as usize - stored.len();
-                let taken = missing.min(piece.len() - gap);
-                stored.extend_from_slice(&piece[gap..gap + taken]);
-                at += (gap + taken) as u64;
-                piece = &piece[gap + taken..];
-                if taken == missing
-                    && let Some(want) = wants.pop_front()
-                {
-                    self.finish(origin, *number, want, std::mem::take(&mut stored)).await;
-                }
-            }
+            behind += if begun.is_some() { arrived } else { 0 };
+            begun.get_or_insert_with(Instant::now);
+            self.cut(origin, *number, wants, (&mut at, &mut stored), &piece).await;
             if background {
                 self.throttle.pay(arrived, &gate, || wants.iter().any(|want| want.ticket.urgent())).await;
             }
             since = Instant::now();
         }
         drop(pass);
+        if let Some(begun) = begun.filter(|_| asked < Priority::Background) {
+            origin.speed.came(behind, begun.elapsed());
+        }
         origin.hedging.done(*number);
         Ok(())
+    }
+
+    /// Cuts `piece` of an answer of source `number` into chunks. `at` and `stored` are how far the answer has come and
+    /// what there is of the first of `wants`.
+    async fn cut(
+        self: &Arc<Self>,
+        origin: &Arc<Origin>,
+        number: usize,
+        wants: &mut VecDeque<Want>,
+        (at, stored): (&mut u64, &mut Vec<u8>),
+        mut piece: &[u8],
+    ) {
+        while let Some(want) = wants.front().filter(|_| !piece.is_empty()) {
+            // The gap before the chunk, then the chunk.
+            let gap = want.chunk.offset.saturating_sub(*at).min(piece.len() as u64) as usize;
+            if stored.is_empty() {
+                stored.reserve_exact(want.chunk.stored_len as usize);
+            }
+            let missing = want.chunk.stored_len as usize - stored.len();
+            let taken = missing.min(piece.len() - gap);
+            stored.extend_from_slice(&piece[gap..gap + taken]);
+            *at += (gap + taken) as u64;
+            piece = &piece[gap + taken..];
+            if taken == missing
+                && let Some(want) = wants.pop_front()
+            {
+                self.finish(origin, number, want, std::mem::take(stored)).await;
+            }
+        }
     }
 
     /// The bytes `from` to `end` of `blob` from source `number`, which is asked when the body is first polled.
