@@ -294,3 +294,73 @@ fn a_forward_proxy_is_used_but_not_for_what_no_proxy_names() {
         assert_eq!(inspect(&name, &["--plain-http"], name_of_host), "");
     }
 }
+
+#[test]
+fn a_source_is_left_alone_as_long_as_it_asks_and_the_registry_answers_meanwhile() {
+    use std::os::unix::fs::FileExt;
+    const CHUNK: usize = 64 << 10;
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let setup = runtime.block_on(setup());
+    let image = TestImage::build(2, 64, CHUNK, Lies::default());
+    let (layout, reference) = (setup.path().join("layout"), format!("{}/large:v1", setup.registry.host()));
+    for name in [reference.clone(), format!("oci:{}:v1", layout.display())] {
+        runtime.block_on(async {
+            let repository = Repository::open(&name.parse().unwrap(), &setup.access(), Purpose::Push).await;
+            image.push(&repository.unwrap()).await
+        });
+    }
+    let hosts_dir = setup.path().join("certs.d");
+    let (mirror, copies) = (Fault::start(&setup.upstream(), &[]), Fault::start(layout.to_str().unwrap(), &[]));
+    let place = format!("--blobs={}", copies.url());
+    for (source, mirrors, options) in
+        [(&mirror, format!("[host.\"{}\"]\n", mirror.url()), vec![]), (&copies, String::new(), vec![place.as_str()])]
+    {
+        setup.configure(&format!("server = \"{}\"\n{mirrors}", setup.upstream()));
+        let node = program::Node::new();
+        let mut arguments = vec!["attach", &reference, "--hosts-dir", hosts_dir.to_str().unwrap()];
+        arguments.extend(options);
+        let attached = node.json(&arguments);
+        let (id, device) = (attached["id"].as_str().unwrap(), attached["device"].as_str().unwrap());
+        let device = std::fs::File::open(device).unwrap();
+        rustix::fs::fadvise(&device, 0, None, rustix::fs::Advice::Random).unwrap();
+        // Far from each other: each is a request of its own.
+        let read = |number: usize| {
+            let mut found = vec![0; 4096];
+            device.read_exact_at(&mut found, (number * CHUNK) as u64).unwrap();
+            assert!(found == image.plain[number][..4096], "chunk {number}");
+        };
+        read(0);
+        assert!(source.requests() > 0, "{}", source.counters());
+
+        source.forget_counters();
+        source.arm("status:code=429,retry_after=25,path=/blobs/,count=1");
+        for number in [20, 40, 60] {
+            read(number);
+            // Longer than a source that says nothing is left alone for.
+            std::thread::sleep(Duration::from_millis(1300));
+        }
+        let status = node.json(&["status", id]);
+        assert_eq!(source.requests(), 1, "{status}");
+        let error = status["sources"][0]["last_error"].as_str().unwrap();
+        assert!(error.contains("to be left alone") && status["health"]["state"] == "healthy", "{status}");
+        drop(device);
+        node.done(&["stop"]);
+    }
+}
+
+#[test]
+fn a_mirror_that_stalls_is_overtaken_by_the_next_one_and_status_counts_that() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let setup = runtime.block_on(setup());
+    let (first, second) = (Fault::start(&setup.upstream(), &[]), Fault::start(&setup.upstream(), &[]));
+    setup.configure(&format!("[host.\"{}\"]\n[host.\"{}\"]\n", first.url(), second.url()));
+    let (node, hosts_dir) = (program::Node::new(), setup.path().join("certs.d"));
+    let attached = node.json(&["attach", &setup.name(), "--hosts-dir", hosts_dir.to_str().unwrap()]);
+    first.arm("stall:path=/blobs/");
+    assert!(std::fs::read(attached["device"].as_str().unwrap()).unwrap() == setup.image.plain.concat());
+    let status = node.json(&["status", attached["id"].as_str().unwrap()]);
+    let (requests, hedges) = (status["requests"].as_u64().unwrap(), status["hedges"].as_u64().unwrap());
+    assert!(hedges >= 1 && requests > hedges && second.requests() >= hedges, "{status}");
+    let shown = node.done(&["status", attached["id"].as_str().unwrap()]);
+    assert!(shown.contains(&format!("{hedges} of them hedges")), "{shown}");
+}

@@ -107,7 +107,10 @@ fn details(status: &Numbers) -> String {
             format!("{} local of {}; {} fetched, {} failed", chunks.local, chunks.total, chunks.fetched, chunks.failed),
         ),
         ("read", size(status.bytes.read)),
-        ("fetched", format!("{} in {} requests", size(status.bytes.fetched), status.requests)),
+        (
+            "fetched",
+            format!("{} in {} requests, {} of them hedges", size(status.bytes.fetched), status.requests, status.hedges),
+        ),
         ("start-up stream", size(status.bytes.startup)),
         ("start", start(&status.startup)),
         ("hits, misses", format!("{}, {}", status.hits, status.misses)),

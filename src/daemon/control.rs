@@ -472,6 +472,9 @@ pub struct Status {
     pub bytes: ByteCounts,
     /// Requests made to sources for this image.
     pub requests: u64,
+    /// Of these, second ones to a further source, since the first was slower than usual.
+    #[serde(default)]
+    pub hedges: u64,
     /// Chunk reads that the pool answered.
     pub hits: u64,
     /// Chunk reads that needed a source.

@@ -402,6 +402,7 @@ fn numbers(entry: &Entry, pool: &Pool, node: Patience) -> Status {
         chunks: ChunkCounts::default(),
         bytes: ByteCounts::default(),
         requests: 0,
+        hedges: 0,
         hits: 0,
         misses: 0,
         verify_failures: 0,
@@ -426,7 +427,7 @@ fn numbers(entry: &Entry, pool: &Pool, node: Patience) -> Status {
     };
     status.bytes = ByteCounts { read: read.bytes, fetched: fetched.bytes, startup: fetched.startup_bytes };
     status.startup = startup_status(served);
-    status.requests = fetched.requests;
+    (status.requests, status.hedges) = (fetched.requests, fetched.hedges);
     (status.hits, status.misses) = (read.hits, read.misses);
     status.verify_failures = fetched.verify_failures;
     status.outage_seconds = fetched.outage_seconds;

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::auth::Authorization;
 use super::connections::Link;
-use super::hosts::Host;
+use super::hosts::{Host, Role};
 use super::redirects::Redirects;
 use super::wire::{self, Timeouts};
 use crate::error::{Error, Result};
@@ -55,8 +55,7 @@ impl Call {
 pub(super) struct Client {
     link: Arc<Link>,
     base: Url,
-    /// The registry that the host is a mirror of.
-    namespace: Option<String>,
+    role: Role,
     name: String,
     redirects: Redirects,
 }
@@ -70,7 +69,7 @@ impl Client {
         Ok(Self {
             link: access.connections.link(host, access)?,
             base: host.base.clone(),
-            namespace: host.namespace.clone(),
+            role: host.role.clone(),
             name: name.to_owned(),
             redirects: Redirects::default(),
         })
@@ -94,7 +93,7 @@ impl Client {
     pub(super) fn url(&self, path: &str) -> Result<Url> {
         let mut url =
             self.base.join(path).map_err(|error| Error::invalid(format!("path {path:?}"), error.to_string()))?;
-        if let Some(namespace) = &self.namespace {
+        if let Role::Mirror(namespace) = &self.role {
             url.query_pairs_mut().append_pair("ns", namespace);
         }
         Ok(url)
@@ -207,11 +206,11 @@ impl Client {
         }
     }
 
-    /// Waits as long as the host asked for; a mirror is not waited for, since there are others.
+    /// Waits as long as a registry asked for. Others are not waited for: there is one to ask instead.
     async fn wait_until_welcome(&self) -> Result<()> {
         let until = *self.link.not_before.lock();
         let Some(until) = until.filter(|until| *until > Instant::now()) else { return Ok(()) };
-        if self.namespace.is_some() {
+        if self.role != Role::Registry {
             let seconds = (until - Instant::now()).as_secs() + 1;
             return Err(Error::unreachable(&self.name, format!("it asked to be left alone for {seconds} s more")));
         }

@@ -101,11 +101,22 @@ pub(super) struct Host {
     pub base: Url,
     /// Host and port, by which credentials are found and by which people know it.
     pub name: String,
-    /// Of a mirror: the registry that it is one of, which it is told with every request (`?ns=`).
-    pub namespace: Option<String>,
+    /// What it is to the images that it has.
+    pub role: Role,
     settings: Settings,
     /// Where relative paths start.
     dir: PathBuf,
+}
+
+/// What a host is to an image.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Role {
+    /// Its registry: there may be no other source.
+    Registry,
+    /// A mirror of the registry of that name, which it is told with every request (`?ns=`).
+    Mirror(String),
+    /// A server that has copies of blobs.
+    Copies,
 }
 
 /// What a host may be asked for.
@@ -141,10 +152,10 @@ impl Host {
         let (dir, file) = found;
         let server = if host == "docker.io" { "registry-1.docker.io" } else { host };
         let server = file.server.unwrap_or_else(|| format!("{}://{server}", scheme(server)));
-        let registry = Self::new(&server, host, None, file.settings, &dir, &scheme)?;
+        let registry = Self::new(&server, host, Role::Registry, file.settings, &dir, &scheme)?;
         let mut mirrors = Vec::new();
         for (url, settings) in file.host.0.into_iter().take(MAX_MIRRORS) {
-            mirrors.push(Self::new(&url, "", Some(host.to_owned()), settings, &dir, &scheme)?);
+            mirrors.push(Self::new(&url, "", Role::Mirror(host.to_owned()), settings, &dir, &scheme)?);
         }
         Ok((registry, mirrors))
     }
@@ -152,7 +163,7 @@ impl Host {
     fn new(
         url: &str,
         name: &str,
-        namespace: Option<String>,
+        role: Role,
         settings: Settings,
         dir: &Path,
         scheme: &impl Fn(&str) -> &'static str,
@@ -163,13 +174,16 @@ impl Host {
             .ok()
             .filter(|base| matches!(base.scheme(), "http" | "https") && base.has_host());
         let base = base.ok_or_else(|| {
-            let of = namespace.as_ref().map_or_else(|| format!("registry {name:?}"), |of| format!("mirror of {of:?}"));
+            let of = match &role {
+                Role::Mirror(of) => format!("mirror of {of:?}"),
+                Role::Registry | Role::Copies => format!("registry {name:?}"),
+            };
             Error::invalid(of, format!("{url:?} is not its URL"))
         })?;
         let port = base.port().map_or_else(String::new, |port| format!(":{port}"));
         let name =
             if name.is_empty() { format!("{}{port}", base.host_str().unwrap_or_default()) } else { name.to_owned() };
-        Ok(Self { base, name, namespace, settings, dir: dir.to_owned() })
+        Ok(Self { base, name, role, settings, dir: dir.to_owned() })
     }
 
     /// A server that is no registry, with what `dir` says of its host.
@@ -180,7 +194,7 @@ impl Host {
         let port = base.port().map_or_else(String::new, |port| format!(":{port}"));
         let name = format!("{}{port}", base.host_str().unwrap_or_default());
         let (host, _) = Self::load(dir, &name, |_| "https")?;
-        Ok(Self { base: base.clone(), ..host })
+        Ok(Self { base: base.clone(), role: Role::Copies, ..host })
     }
 
     /// Whether it may be asked for something.
@@ -199,7 +213,7 @@ impl Host {
     /// A file that is malformed.
     pub(super) fn apply(&self, mut builder: ClientBuilder) -> Result<(ClientBuilder, Digest)> {
         let mut hasher = Hasher::new();
-        hasher.update(format!("{:?} {:?} {:?}", self.base, self.namespace, self.settings).as_bytes());
+        hasher.update(format!("{:?} {:?} {:?}", self.base, self.role, self.settings).as_bytes());
         for path in self.settings.ca.iter().flat_map(OneOrMany::items) {
             let (path, content) = self.read(path)?;
             hasher.update(&content);
@@ -281,13 +295,13 @@ mod tests {
         for name in ["r.example:5000", "r.example_5000_", "_default"] {
             let (server, mirrors) = load(name, text).unwrap();
             assert_eq!((server.base.as_str(), &*server.name), ("https://upstream.example/v2/", "r.example:5000"));
-            assert!(server.namespace.is_none() && server.can(Capability::Resolve));
+            assert!(server.role == Role::Registry && server.can(Capability::Resolve));
             let bases: Vec<_> = mirrors.iter().map(|mirror| mirror.base.as_str()).collect();
             assert_eq!(bases, ["https://z.example/v2/", "https://a.example:8443/v2/", "http://m.example/proxy/"]);
             let resolves: Vec<_> = mirrors.iter().map(|mirror| mirror.can(Capability::Resolve)).collect();
             assert_eq!(resolves, [false, true, true]);
             assert_eq!(mirrors[1].headers().unwrap()["x-team"], "one");
-            assert_eq!(mirrors[0].namespace.as_deref(), Some("r.example:5000"));
+            assert_eq!(mirrors[0].role, Role::Mirror("r.example:5000".to_owned()));
             assert_eq!(mirrors[2].name, "m.example");
         }
         assert!(load("other", text).unwrap().1.is_empty());
