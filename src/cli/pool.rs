@@ -16,7 +16,7 @@ use crate::daemon::control::{Call, JobState, Kind, Problem, ScrubAnswer, Trimmed
 use crate::pool::Scrubbed;
 
 /// How often the daemon is asked how far it is.
-const POLL: Duration = Duration::from_millis(100);
+const POLL: Duration = Duration::from_millis(50);
 
 /// What to do with the pool.
 #[derive(Debug, Subcommand)]

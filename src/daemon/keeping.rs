@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
 use super::control::{JobState, Kind, Pin, Problem, ScrubAnswer, Trimmed};
 use super::jobs::Job;
@@ -32,6 +33,9 @@ const BETWEEN_PASSES: Duration = Duration::from_secs(10);
 pub(super) const BATCH: usize = 32;
 /// Batches that are fetched at a time.
 const BATCHES: usize = 3;
+
+/// Plain bytes after which what a pin fetched so far is made durable, while it fetches more: in the end there is little left.
+const DURABLE_STEP: u64 = 16 << 20;
 
 /// How long the last chunks of a pin have to get from their fetch into the pool.
 const ADMITTED_WITHIN: Duration = Duration::from_secs(2);
@@ -254,6 +258,7 @@ impl Node {
             }
             Ok::<u64, Error>(batch.iter().map(|chunk| u64::from(chunk.plain_len)).sum())
         });
+        let (mut volatile, mut syncing) = (0, None);
         // A batch is on its way while the one before is checked.
         let mut batches = std::pin::pin!(futures_util::stream::iter(batches).buffered(BATCHES));
         loop {
@@ -263,6 +268,13 @@ impl Node {
             };
             let Some(bytes) = fetched.transpose()? else { break };
             job.done.fetch_add(bytes, Relaxed);
+            volatile += bytes;
+            if volatile >= DURABLE_STEP && syncing.as_ref().is_none_or(JoinHandle::is_finished) {
+                let pool = Arc::clone(&self.pool);
+                // What the disk lost is found missing in the end.
+                syncing = Some(tokio::task::spawn_blocking(move || drop(pool.sync())));
+                volatile = 0;
+            }
         }
         let count_missing = || chunks.iter().filter(|chunk| !self.pool.contains(&chunk.digest)).count();
         let mut missing = count_missing();
