@@ -188,6 +188,28 @@ async fn one_token_serves_all_and_is_renewed_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_identity_token_is_changed_for_tokens_and_sent_nowhere_else() {
+    let (tokens, dir) = (tokens(r#","expires_in":300"#).await, tempfile::tempdir().unwrap());
+    let bytes = packs::content(3, 1000);
+    tokens.server.put(&format!("/v2/app/blobs/{}", Digest::of(&bytes)), bytes.clone());
+    let (access, host) = (access(&dir), tokens.server.host());
+    let config = format!(r#"{{"auths":{{"{host}":{{"auth":"","identitytoken":"to&fro=1"}}}}}}"#);
+    std::fs::write(access.docker_config.as_ref().unwrap(), config).unwrap();
+    let repository = open(&format!("{host}/app"), &access, Purpose::Read).await;
+    assert_eq!(read(&repository, &blob(&bytes), 5, 10).await.unwrap(), bytes[5..15]);
+    let requests = tokens.server.requests();
+    let (grants, others): (Vec<_>, Vec<_>) = requests.iter().partition(|request| request.path.starts_with("/token"));
+    let [grant] = grants[..] else { panic!("{requests:?}") };
+    assert_eq!((grant.method.as_str(), grant.headers.get("authorization")), ("POST", None));
+    let form: std::collections::HashMap<_, _> =
+        reqwest::Url::parse(&format!("http://form/?{}", grant.body)).unwrap().query_pairs().into_owned().collect();
+    let field = |name: &str| form.get(name).map(String::as_str);
+    assert_eq!((field("grant_type"), field("refresh_token")), (Some("refresh_token"), Some("to&fro=1")));
+    assert_eq!((field("service"), field("scope")), (Some("s"), Some("repository:app:pull")));
+    assert!(others.iter().all(|request| !format!("{request:?}").contains("fro=1")), "{others:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_renewed_before_it_expires() {
     let (tokens, dir) = (tokens(r#","expires_in":1"#).await, tempfile::tempdir().unwrap());
     let bytes = packs::content(3, 1000);

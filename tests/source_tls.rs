@@ -83,7 +83,6 @@ async fn a_password_comes_from_a_credential_helper() {
     packs::TestImage::build(1, 4, 4096, packs::Lies::default()).push(&repository).await;
 
     let config = dir.join("helper.json");
-    std::fs::write(&config, format!(r#"{{"credHelpers":{{"{host}":"firstread-test"}}}}"#)).unwrap();
     let helper = dir.join("docker-credential-firstread-test");
     let inspect = |password: &str| {
         let script = format!(
@@ -98,7 +97,12 @@ async fn a_password_comes_from_a_credential_helper() {
         let arguments = ["inspect", &image, "--docker-config", config.to_str().unwrap()];
         node.command(&arguments).env("PATH", path).output().unwrap()
     };
-    let output = inspect(registry::PASSWORD);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(!inspect("wrong").status.success());
+    for setting in
+        [format!(r#"{{"credHelpers":{{"{host}":"firstread-test"}}}}"#), r#"{"credsStore":"firstread-test"}"#.into()]
+    {
+        std::fs::write(&config, setting).unwrap();
+        let output = inspect(registry::PASSWORD);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(!inspect("wrong").status.success());
+    }
 }

@@ -49,6 +49,7 @@ pub struct Request {
     pub method: String,
     pub path: String,
     pub headers: HashMap<String, String>,
+    pub body: String,
 }
 
 type Policy = Box<dyn Fn(&Request) -> Option<Answer> + Send>;
@@ -162,7 +163,7 @@ async fn read_request(stream: &mut TcpStream) -> Option<Request> {
         .collect();
     let mut body = vec![0; headers.get("content-length").map_or(0, |len| len.parse().unwrap())];
     stream.read_exact(&mut body).await.ok()?;
-    Some(Request { method, path, headers })
+    Some(Request { method, path, headers, body: String::from_utf8_lossy(&body).into_owned() })
 }
 
 /// `None` when the connection ends.
