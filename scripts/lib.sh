@@ -173,6 +173,10 @@ in_ns() {
 # What the node has received so far, in bytes of Ethernet frames.
 node_received() { in_ns "$NODE" awk '$1 == "cable:" {print $2}' /proc/net/dev; }
 
+# What the origin has put on the shaped cable so far, in bytes of Ethernet frames. (The node counts less: its kernel joins
+# segments before it counts them.)
+cable_sent() { tc -n "$ORIGIN" -s -j qdisc show dev cable root | jq '[.[].bytes] | add'; }
+
 # --- registry ------------------------------------------------------------------------------------------------------
 
 # start_registry [NAME]: docker-registry on loopback, or, after make_network, in the origin's namespace. Sets
