@@ -75,18 +75,18 @@ impl Devices {
             }
             (Err(problem), None) => return Err(problem.into()),
         };
-        let known = find(&mut client, &point)?;
-        match (&known, &mounted) {
-            (Some(device), Some(mount)) if device.state != State::Lost && device.device == mount.source => {
-                return Ok(point);
-            }
-            _ => {}
+        let known = of_dir(&mut client, dir)?;
+        let serves = |device: &&DeviceInfo| {
+            device.state != State::Lost && mounted.as_ref().is_some_and(|mount| mount.source == device.device)
+        };
+        if known.iter().any(|device| serves(&device)) {
+            return Ok(point);
         }
         // A device whose server died: what is open on it stays as it is, what comes from now on gets another one.
         if mounted.is_some() {
             unmount(&point)?;
         }
-        if let Some(device) = known {
+        for device in known {
             tracing::warn!("{}: {} is replaced", device.id, device.device.display());
             detach(&mut client, &device);
         }
@@ -110,17 +110,17 @@ impl Devices {
     /// # Errors
     /// What the daemon says.
     pub fn block(&self, dir: &Path, found: &Found) -> Result<PathBuf, Failure> {
-        let upper = dir.join("upper");
         let turn = self.turn(dir);
         let _turn = turn.lock();
         let mut client = (self.daemon.start)()?;
-        if let Some(device) = of_upper(&mut client, &upper)? {
+        for device in of_dir(&mut client, dir)? {
             if device.state != State::Lost {
                 return Ok(device.device);
             }
             detach(&mut client, &device);
         }
-        let attached = self.attach(&mut client, found, Some(Writable { place: Place::Kept(upper), size: None }))?;
+        let place = Place::Kept(dir.join("upper"));
+        let attached = self.attach(&mut client, found, Some(Writable { place, size: None }))?;
         if attached.file_system != "ext4" {
             let message = format!("{}: its file system is {:?}, not ext4", found.reference, attached.file_system);
             return Err(Failure::Precondition(message));
@@ -143,8 +143,7 @@ impl Devices {
         }
         // Without a daemon there is nothing to detach; it looks for what it left behind when it starts.
         if let Some(mut client) = Client::connect(&self.daemon.run)? {
-            let of_upper = of_upper(&mut client, &dir.join("upper"))?;
-            for device in find(&mut client, &point)?.into_iter().chain(of_upper) {
+            for device in of_dir(&mut client, dir)? {
                 detach(&mut client, &device);
             }
         }
@@ -159,11 +158,12 @@ impl Devices {
     /// # Errors
     /// A table of mounts that can't be read, or what the daemon says.
     pub fn reap(&self) -> Result<usize, Failure> {
-        let owner = |path: &Path| {
-            let first = path.strip_prefix(&self.snapshots).ok()?.components().next()?;
-            Some(self.snapshots.join(first))
+        let state = self.snapshots.parent().unwrap_or(&self.snapshots);
+        let orphaned = |path: &Path| match path.strip_prefix(&self.snapshots) {
+            Ok(inside) => inside.components().next().is_some_and(|id| !self.snapshots.join(id).exists()),
+            // A mount moves along with the directory of a snapshot that is on its way out.
+            Err(_) => path.starts_with(state),
         };
-        let orphaned = |path: &Path| owner(path).is_some_and(|dir| !dir.exists());
         for mount in mounts::all()?.iter().rev().filter(|mount| orphaned(&mount.dir)) {
             unmount(&mount.dir)?;
         }
@@ -199,17 +199,15 @@ impl Devices {
     }
 }
 
-fn find(client: &mut Client, target: &Path) -> Result<Option<DeviceInfo>, Failure> {
-    match client.call(Call::Find { target: target.display().to_string() }) {
-        Ok(device) => Ok(Some(device)),
-        Err(problem) if problem.kind == Kind::NotFound => Ok(None),
-        Err(problem) => Err(problem.into()),
-    }
-}
-
-fn of_upper(client: &mut Client, upper: &Path) -> Result<Option<DeviceInfo>, Failure> {
-    let devices: Vec<DeviceInfo> = client.call(Call::List)?;
-    Ok(devices.into_iter().find(|device| device.upper.as_ref().is_some_and(|info| info.dir == upper)))
+/// The devices that are mounted on, or write to, what is in a snapshot's directory: one, and those before it that lost
+/// their server and are still in use.
+fn of_dir(client: &mut Client, dir: &Path) -> Result<Vec<DeviceInfo>, Failure> {
+    let mut devices: Vec<DeviceInfo> = client.call(Call::List)?;
+    devices.retain(|device| {
+        let upper = device.upper.as_ref().map(|upper| upper.dir.as_path());
+        device.mountpoint.as_deref().into_iter().chain(upper).any(|path| path.starts_with(dir))
+    });
+    Ok(devices)
 }
 
 /// Says whether the device is gone.

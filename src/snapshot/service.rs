@@ -1,6 +1,6 @@
 //! What each call of containerd does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{DirBuilder, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
@@ -15,7 +15,7 @@ use super::filter::Filters;
 use super::lazy::{Daemon, Devices};
 use super::locate::locate;
 use super::mounts::{Parts, block};
-use super::record::{Found, Kind, Role, Snapshot, Wanted};
+use super::record::{Found, Kind, Role, Snapshot, Unfinished, Wanted};
 use super::store::Store;
 use super::usage::{self, Usage};
 use super::wire::snapshots::{
@@ -102,6 +102,10 @@ impl Snapshotter {
             tracing::error!("the snapshot in {} is lost, its record is damaged: {reason}", dir.display());
         }
         let devices = Devices::new(daemon, options.access.clone(), options.transport.clone(), store.snapshots());
+        if let Err(failure) = devices.reap() {
+            tracing::warn!("looking for what an earlier process left: {failure}");
+        }
+        store.sweep(Unfinished::Delete);
         let (store, devices, left) = (Arc::new(store), Arc::new(devices), Notify::new());
         left.notify_one();
         Ok(Arc::new(Self { store, devices, options, left }))
@@ -287,7 +291,7 @@ impl Snapshotter {
         .await?;
         let store = Arc::clone(&self.store);
         // To delete many files takes long, and nobody waits for it.
-        drop(tokio::task::spawn_blocking(move || store.sweep()));
+        drop(tokio::task::spawn_blocking(move || store.sweep(Unfinished::Keep)));
         self.left.notify_one();
         Ok(())
     }
@@ -313,11 +317,16 @@ impl Snapshotter {
     pub(super) fn list(&self, request: &ListRequest) -> Result<Vec<ListResponse>, Failure> {
         let filters = Filters::parse(&request.filters).map_err(Failure::Argument)?;
         let all = self.store.list();
-        let listed: Vec<Info> = all
-            .iter()
-            .filter(|snapshot| filters.matches(|path| field(snapshot, path)))
-            .map(|snapshot| info(snapshot))
-            .collect();
+        let keys: HashSet<&str> = all.iter().map(|snapshot| snapshot.key.as_str()).collect();
+        let mut listed = Vec::new();
+        for snapshot in all.iter().filter(|snapshot| filters.matches(|path| field(snapshot, path))) {
+            let mut info = info(snapshot);
+            // containerd collects garbage from the roots on: a child of a damaged snapshot would never be found.
+            if !keys.contains(info.parent.as_str()) {
+                info.parent.clear();
+            }
+            listed.push(info);
+        }
         Ok(listed.chunks(PAGE).map(|page| ListResponse { info: page.to_vec() }).collect())
     }
 
@@ -341,7 +350,7 @@ impl Snapshotter {
     pub(super) async fn cleanup(&self, _: CleanupRequest) -> Result<(), Failure> {
         let (store, devices) = (Arc::clone(&self.store), Arc::clone(&self.devices));
         blocking(move || {
-            store.sweep();
+            store.sweep(Unfinished::Keep);
             devices.reap().map(drop)
         })
         .await

@@ -56,7 +56,6 @@ impl Store {
     /// A state that another process uses, or what the system says.
     pub fn open(dir: &Path) -> Result<(Self, Vec<(PathBuf, String)>)> {
         let state = State::open(dir)?;
-        state.sweep(Unfinished::Delete);
         let Loaded { snapshots, damaged, next } = state.load()?;
         let mut table = Table { next, ..Table::default() };
         for snapshot in snapshots {
@@ -268,9 +267,9 @@ impl Store {
         done
     }
 
-    /// Deletes the files of what was removed.
-    pub fn sweep(&self) {
-        self.state.sweep(Unfinished::Keep);
+    /// Deletes the files of what was removed; nothing may be mounted on them any more.
+    pub fn sweep(&self, unfinished: Unfinished) {
+        self.state.sweep(unfinished);
     }
 
     /// Waits until `key` is nobody's, and takes it.

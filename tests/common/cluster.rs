@@ -16,9 +16,10 @@ use crate::registry::Registry;
 use crate::snapshotter::Snapshotter;
 
 pub struct Cluster {
-    pub registry: Registry,
-    pub node: Node,
+    // They end in this order.
     pub snapshotter: Snapshotter,
+    pub node: Node,
+    pub registry: Registry,
     containerd: Option<Child>,
 }
 
@@ -96,6 +97,13 @@ conf_dir = "{at}/cni"
         }
     }
 
+    /// Starts the snapshotter again; returns when containerd has found it, which waits a while between its tries.
+    pub fn resume_snapshotter(&mut self) {
+        self.snapshotter.resume(&self.node);
+        let list = ["snapshot", "--snapshotter", "firstread", "ls"];
+        wait_until("containerd finds the snapshotter", || self.ctr(&list).status.success());
+    }
+
     /// Ends containerd with a signal; its containers go on.
     pub fn kill_containerd(&mut self, signal: &str) {
         if let Some(mut child) = self.containerd.take() {
@@ -159,6 +167,11 @@ conf_dir = "{at}/cni"
         let _ = fs::remove_dir_all(layout);
     }
 
+    /// A container's id that no other test has: runc keeps all of a machine's in one place.
+    pub fn id(&self, name: &str) -> String {
+        format!("{name}-{}", self.registry.host().rsplit(':').next().unwrap())
+    }
+
     /// The manifest of an image in the registry.
     pub fn manifest(&self, name: &str) -> Value {
         let output = Command::new("skopeo")
@@ -199,7 +212,11 @@ conf_dir = "{at}/cni"
 
     /// Waits until nothing is left.
     pub fn nothing_remains(&self) {
-        wait_until("nothing is left", || self.remains() == (Vec::new(), 0, 0));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.remains() != (Vec::new(), 0, 0) {
+            assert!(Instant::now() < deadline, "left: {:?} {}", self.remains(), self.node.done(&["list"]));
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Removes all containers, images and what they needed.

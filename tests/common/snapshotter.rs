@@ -46,7 +46,8 @@ impl Snapshotter {
     /// Starts it (again); returns when it answers.
     pub fn resume(&mut self, node: &Node) {
         let log = File::options().create(true).append(true).open(&self.log).unwrap();
-        let mut command = node.command(&["snapshotter", "--log", "debug", "--listen", self.socket.to_str().unwrap()]);
+        let mut command =
+            node.command(&["snapshotter", "--log", "info,firstread=debug", "--listen", self.socket.to_str().unwrap()]);
         command.args(&self.arguments).stdout(log.try_clone().unwrap()).stderr(log);
         self.child = Some(command.spawn().unwrap());
         let deadline = Instant::now() + Duration::from_secs(20);
