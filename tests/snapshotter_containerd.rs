@@ -64,13 +64,24 @@ fn an_image_that_was_pulled_by_firstread_runs_and_leaves_nothing_behind() {
     let listed = cluster.ctr_done(&["image", "ls"]);
     assert!(listed.contains(&image), "{listed}");
     let script = "cat /name /data/3 > /tmp/copy; cat /name; echo x > /new; cat /new";
-    let run = ["run", "--rm", "--net-host", "--snapshotter", "firstread", &image, "one", "sh", "-c", script];
+    let run =
+        ["run", "--rm", "--net-host", "--snapshotter", "firstread", &image, &cluster.id("one"), "sh", "-c", script];
     assert_eq!(cluster.ctr_done(&run), "app\nx\n");
     let devices = cluster.node.json(&["list"]);
     assert_eq!(devices.as_array().unwrap().len(), 1, "{devices}");
     // A second container shares the device, and sees nothing of the first.
-    let run =
-        ["run", "--rm", "--net-host", "--snapshotter", "firstread", &image, "two", "sh", "-c", "cat /new || echo no"];
+    let run = [
+        "run",
+        "--rm",
+        "--net-host",
+        "--snapshotter",
+        "firstread",
+        &image,
+        &cluster.id("two"),
+        "sh",
+        "-c",
+        "cat /new || echo no",
+    ];
     assert_eq!(cluster.ctr_done(&run), "no\n");
     assert_eq!(cluster.node.json(&["list"]), devices);
     let listed = cluster.ctr_done(&["snapshot", "--snapshotter", "firstread", "ls"]);
@@ -128,7 +139,7 @@ fn an_image_that_ctr_pulled_whole_runs_from_what_is_there() {
         "--snapshotter",
         "firstread",
         &image,
-        "one",
+        &cluster.id("one"),
         "sh",
         "-c",
         "cat /name /data/* > /all; cat /name",
@@ -145,11 +156,67 @@ fn ordinary_images_run_as_with_overlayfs() {
     let image = cluster.image("app:plain");
     cluster.ctr_done(&["image", "pull", "--plain-http", "--snapshotter", "firstread", &image]);
     let run = |id: &str, script: &str| {
-        cluster.ctr_done(&["run", "--net-host", "--snapshotter", "firstread", &image, id, "sh", "-c", script])
+        cluster.ctr_done(&[
+            "run",
+            "--net-host",
+            "--snapshotter",
+            "firstread",
+            &image,
+            &cluster.id(id),
+            "sh",
+            "-c",
+            script,
+        ])
     };
     assert_eq!(run("one", "cat /name; echo mine > /name"), "app\n");
     assert_eq!(run("two", "cat /name"), "app\n");
     assert_eq!(cluster.node.json(&["list"]).as_array().unwrap().len(), 0);
     cluster.remove_all();
     cluster.nothing_remains();
+}
+
+#[test]
+fn the_doctor_finds_what_is_wrong_and_says_what_mends_it() {
+    let mut cluster = Cluster::start(&[]);
+    cluster.publish("app", 1);
+    let (socket, image) = (cluster.socket().display().to_string(), cluster.image("app:1"));
+    let config = cluster.node.path().join("containerd.toml").display().to_string();
+    let listen = cluster.snapshotter.socket().display().to_string();
+    let options = ["doctor", "--containerd-socket", &socket, "--containerd-config", &config, "--listen", &listen];
+    let ask = |more: &[&str]| {
+        let mut arguments = vec!["--json"];
+        arguments.extend(options);
+        arguments.extend(more);
+        let output = cluster.node.run(&arguments);
+        let checks: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let health = |name: &str| {
+            let found = checks.as_array().unwrap().iter().find(|check| check["name"] == name);
+            let found = found.unwrap_or_else(|| panic!("{name} in {checks}"));
+            (found["health"].as_str().unwrap().to_owned(), found["mend"].as_str().unwrap_or_default().to_owned())
+        };
+        let names = ["ext4", "space", "snapshotter", "containerd", "proxy plugin", "CRI", "mount namespace"];
+        (output.status.code(), names.map(health), more.first().map(|_| health("image")))
+    };
+    let (code, all, found) = ask(&[&image]);
+    assert_eq!(code, Some(0));
+    assert!(all.iter().all(|(health, mend)| health == "good" && mend.is_empty()), "{all:?}");
+    assert_eq!(found.unwrap().0, "good");
+    // An ordinary image, and one that is not there.
+    let (code, _, found) = ask(&[&cluster.image("app:plain")]);
+    assert_eq!((code, found.as_ref().unwrap().0.as_str()), (Some(0), "missing"));
+    assert!(found.unwrap().1.starts_with("firstread build "));
+    let (code, _, found) = ask(&[&cluster.image("other:1")]);
+    assert_eq!((code, found.unwrap().0.as_str()), (Some(1), "bad"));
+    let mut other = options.to_vec();
+    other.extend(["--snapshotter", "other"]);
+    let text = cluster.node.done(&other);
+    assert!(text.contains("containerd has no snapshotter \"other\"") && text.contains("doctor --containerd"), "{text}");
+    let mut lines = options.to_vec();
+    lines.push("--containerd");
+    let lines = cluster.node.done(&lines);
+    assert!(lines.contains("version = 2") && lines.contains(&format!("address = \"{listen}\"")), "{lines}");
+    cluster.registry.stop();
+    cluster.kill_containerd("-TERM");
+    let output = cluster.node.run(&options);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("systemctl start containerd"));
 }

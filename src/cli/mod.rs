@@ -9,6 +9,7 @@ mod commit;
 mod connect;
 mod daemon;
 mod detach;
+mod doctor;
 mod export;
 mod freeze;
 mod inspect;
@@ -101,6 +102,8 @@ enum Verb {
     /// The node's pool
     #[command(subcommand)]
     Pool(pool::Pool),
+    /// Say what this machine lacks for firstread and containerd, and what mends it
+    Doctor(doctor::Doctor),
     /// Pull an image into containerd's store, without what its start does not need
     Pull(pull::Pull),
     /// Run containerd's proxy snapshotter in the foreground
@@ -183,6 +186,7 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Upper(verb) => verb.run(&context),
         Verb::Pool(verb) => verb.run(&context),
         Verb::Pull(verb) => verb.run(&context),
+        Verb::Doctor(verb) => verb.run(&context),
         Verb::Stop(verb) => verb.run(&context),
         Verb::Build(_) | Verb::Optimize(_) | Verb::Daemon(_) | Verb::Hold(_) => Ok(()),
         Verb::Snapshotter(_) | Verb::RecordInside(_) => Ok(()),

@@ -22,5 +22,6 @@ mod usage;
 pub mod wire;
 
 pub use lazy::Daemon;
+pub use record::damaged;
 pub use server::{bind, serve};
 pub use service::{MountKind, Options, Snapshotter};

@@ -257,6 +257,21 @@ impl State {
     }
 }
 
+/// The directories of snapshots whose records are damaged, of all snapshotters of the root directory `root`, with the
+/// reason. Looks only; a snapshotter may be at work meanwhile.
+#[must_use]
+pub fn damaged(root: &Path) -> Vec<(PathBuf, String)> {
+    let states = fs::read_dir(root.join("snapshotter")).into_iter().flatten().flatten();
+    let dirs = states.flat_map(|state| fs::read_dir(state.path().join("snapshots")).into_iter().flatten().flatten());
+    let records = dirs.filter_map(|entry| {
+        let dir = entry.path();
+        let reason = read(&dir.join("record")).err()?;
+        // It may have been removed in this moment.
+        dir.exists().then_some((dir, reason))
+    });
+    records.collect()
+}
+
 /// What to do with directories in `new/`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unfinished {

@@ -10,6 +10,7 @@ pub mod images;
 pub mod introspection;
 pub mod leases;
 pub mod snapshots;
+pub mod version;
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
