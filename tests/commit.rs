@@ -1,6 +1,8 @@
 //! What was written to a device becomes an image: through the programs, a real registry, and a second node.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/fault.rs"]
+mod fault;
 #[path = "common/nodes.rs"]
 mod nodes;
 #[path = "common/program.rs"]
@@ -15,6 +17,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use fault::Fault;
 use nodes::{Compare, assert_same};
 use program::{Node, wait_until};
 use random::Random;
@@ -242,4 +245,43 @@ fn what_can_not_be_committed_says_why() {
     let unreachable = node.fails(1, &["commit", "app-1", "127.0.0.1:9/app:2", "--quiet"]);
     assert!(unreachable.contains("127.0.0.1:9"), "{unreachable}");
     wait_until("the snapshots are gone", || fs::read_dir(node.root().join("snapshots")).unwrap().count() == 0);
+}
+
+#[test]
+fn a_registry_that_fails_halfway_has_no_half_an_image() {
+    let registry = Registry::start();
+    let (node, dir) = mounted(&registry, "upper");
+    work(&dir);
+    let proxy = Fault::start(&format!("http://{}", registry.host()), &[]);
+    let child = format!("{}/app:2", proxy.host());
+    let tags = || {
+        let listed = Command::new("skopeo")
+            .args(["list-tags", "--tls-verify=false", &format!("docker://{}/app", registry.host())])
+            .output()
+            .unwrap();
+        let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+        let mut tags: Vec<String> = serde_json::from_value(listed["Tags"].clone()).unwrap();
+        tags.sort_unstable();
+        tags
+    };
+    // Each blob's upload in turn, its end, and the manifest.
+    for rule in [
+        "status:code=500,method=POST",
+        "status:code=503,method=PUT",
+        "reset:method=PUT,path=/blobs/",
+        "status:code=500,method=PUT,path=/blobs/,skip=1",
+        "status:code=500,method=PUT,path=/manifests/",
+        "status:code=403,method=POST",
+    ] {
+        proxy.arm(rule);
+        let output = node.run(&["commit", "app-1", &child, "--quiet"]);
+        proxy.heal();
+        assert_eq!(output.status.code(), Some(1), "{rule}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains(proxy.host()), "{rule}: {said}");
+        assert_eq!(tags(), ["1"], "{rule}");
+    }
+    node.done(&["commit", "app-1", &child, "--quiet"]);
+    assert_eq!(tags(), ["1", "2"]);
+    same_elsewhere(&format!("{}/app:2", registry.host()), &dir);
 }

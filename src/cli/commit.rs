@@ -156,7 +156,7 @@ pub fn written(target: &str, context: &Context) -> Outcome<Written> {
     if let Some(open) = &mut client
         && let Some(device) = find(open, target, &dir)?
     {
-        let held = hold(&device.device)?;
+        let held = hold(&device.device, &context.config.run)?;
         let snapshotted: Snapshotted = open.call(Call::Snapshot { target: device.id })?;
         let frozen = held.is_some();
         drop(held);

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
 use super::Outcome;
+use super::freeze::thaw_abandoned;
 use super::options::Context;
 use crate::daemon::client::Client;
 use crate::daemon::control::{Kind, Problem};
@@ -15,6 +16,7 @@ use crate::daemon::startup::{FAILED, READY};
 /// # Errors
 /// A daemon that owns another root directory.
 pub fn connect(context: &Context) -> Outcome<Option<Client>> {
+    thaw_abandoned(&context.config.run);
     let Some(client) = Client::connect(&context.config.run)? else { return Ok(None) };
     let (theirs, ours) = (&client.hello().root, &context.config.root);
     if std::fs::canonicalize(theirs).ok() != std::fs::canonicalize(ours).ok() {
