@@ -52,6 +52,40 @@ fn an_upper_has_one_owner_and_one_lower() {
 }
 
 #[test]
+fn a_copy_is_the_upper_at_a_moment_and_opens_over_the_same_lower() {
+    let temp = tempfile::tempdir().unwrap();
+    let image = lower("image", 4096 * BLOCK_BYTES);
+    let upper = Upper::open(&temp.path().join("upper"), &image, &options()).unwrap();
+    // More than a piece, and in several runs, with zeros of both kinds.
+    for block in (3..400).chain(900..905) {
+        write(&upper, block, (block % 250) as u8);
+    }
+    let claim = upper.claims().try_take(2000..2600).unwrap();
+    upper.zero(&(2000..2600), Zeroing::Discard).unwrap();
+    upper.add(&claim, &(2000..2600)).unwrap();
+    drop(claim);
+    let dir = temp.path().join("copy");
+    let bytes = upper.copy_to(&dir, "this").unwrap();
+    assert_eq!(bytes, (397 + 5 + 600) * BLOCK_BYTES);
+    assert!(!upper.is_held());
+    // What is written afterwards is the first one's alone.
+    write(&upper, 3, 251);
+    write(&upper, 700, 252);
+    assert!(Upper::open(&dir, &lower("other", 4096 * BLOCK_BYTES), &options()).is_err());
+    let copy = Upper::open(&dir, &image, &options()).unwrap();
+    assert_eq!(changed(&copy), [(3, 400), (900, 905), (2000, 2600)]);
+    for block in [3, 4, 250, 399, 900, 904, 2000, 2599] {
+        let expected = if block < 2000 { (block % 250) as u8 } else { 0 };
+        assert_eq!(first_byte(&copy, block), expected, "block {block}");
+    }
+    let room = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(dir.join("data")).unwrap()) * 512;
+    assert!(room < 500 * BLOCK_BYTES, "zeros take no room: {room}");
+    drop(copy);
+    assert!(matches!(upper.copy_to(&temp.path().join("none/of/it\0"), "this"), Err(Error::Io { .. })));
+    write(&upper, 5, 1);
+}
+
+#[test]
 fn a_process_that_dies_loses_nothing_and_another_start_of_the_machine_only_what_was_not_flushed() {
     let dir = tempfile::tempdir().unwrap();
     let image = lower("image", 64 * BLOCK_BYTES);
