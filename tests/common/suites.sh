@@ -79,7 +79,7 @@ punch_hole = 5
 posix_fadvise = 10
 TOML
     echo "fsx on $device with the seed $seed"
-    "$TOOLS/fsx" -q -f "$work/fsx.toml" -S "$seed" -N $((seconds * 2000)) -P "$work" "$device" >"$work/fsx" 2>&1 ||
+    "$TOOLS/fsx" -q -f "$work/fsx.toml" -S "$seed" -N $((seconds * 1000)) -P "$work" "$device" >"$work/fsx" 2>&1 ||
         { tail -n 30 "$work/fsx"; return 1; }
     rm -rf "$work"
 }
