@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Virtual machines start from an image in a registry, over vhost-user-blk and before it is downloaded: QEMU with Debian's own
-# kernel, whose daemon is killed on the way, and User Mode Linux. What each fetched until it was ready is printed.
+# kernel, whose daemon is killed on the way, also while it writes to its disk, and User Mode Linux. What each fetched until it was
+# ready is printed.
 set -euo pipefail
 # shellcheck source=../scripts/lib.sh
 . "$(dirname "$(readlink -f "$0")")/../scripts/lib.sh"
@@ -37,8 +38,8 @@ debian_kernel() {
     mv "$dir/out" "$KERNEL"
 }
 
-# The initramfs mounts the disk read-only with a tmpfs over it, as a VM without a writable disk does, and hands over.
-make_initramfs() { # the command that the machine runs in the image
+# The initramfs mounts the disk, read-only as a VM without a writable disk does, or writable, and hands over.
+make_initramfs() { # OPTIONS-OF-THE-MOUNT COMMAND: what the machine runs in the image
     local dir=$WORK/initramfs
     rm -rf "$dir"
     mkdir -p "$dir/bin" "$dir/lower" "$dir/proc" "$dir/sys" "$dir/dev"
@@ -54,14 +55,16 @@ $busybox mount -t sysfs sys /sys
 $busybox insmod /virtio_blk.ko
 while ! [ -b /dev/vda ]; do $busybox sleep 0.1; done
 echo "disk serial $($busybox cat /sys/block/vda/serial) ro $($busybox cat /sys/block/vda/ro) queues $($busybox ls /sys/block/vda/mq | $busybox wc -l)"
-$busybox mount -t ext4 -o ro,noload /dev/vda /lower
+INIT
+        printf '$busybox mount -t ext4 -o %s /dev/vda /lower\n' "$1"
+        cat <<'INIT'
 $busybox ifconfig lo 127.0.0.1 up
 for dir in tmp run; do $busybox mount -t tmpfs tmpfs /lower/$dir; done
 $busybox mount --move /proc /lower/proc
 $busybox mount --move /sys /lower/sys
 $busybox mount --move /dev /lower/dev
 INIT
-        printf 'exec %s chroot /lower /bin/sh -c %q\n' '$busybox' "$1"
+        printf 'exec %s chroot /lower /bin/sh -c %q\n' '$busybox' "$2"
     } >"$dir/init"
     chmod 755 "$dir/init"
     (cd "$dir" && find . | cpio --quiet -o -H newc) >"$WORK/initramfs.cpio"
@@ -78,9 +81,9 @@ fr build "$REGISTRY/demo:latest" "$REGISTRY/demo:packed" --quiet --json >"$WORK/
 stored=$(jq .stored_bytes "$WORK/build.json")
 drop_node
 
-# start_export SOCKET: the image for VMMs, from this node; $EXPORT is its process.
+# start_export SOCKET OPTION…: the image for VMMs, from this node; $EXPORT is its process.
 start_export() {
-    setsid "$FIRSTREAD" --root "$FR_DIR/root" --run "$FR_DIR/run" export "$REGISTRY/demo:packed" --vhost-user "$1" \
+    setsid "$FIRSTREAD" --root "$FR_DIR/root" --run "$FR_DIR/run" export "$REGISTRY/demo:packed" --vhost-user "$@" \
         >>"$LOGS/export.log" 2>&1 &
     EXPORT=$!
     defer stop_pid "$EXPORT"
@@ -91,7 +94,7 @@ sent() { sed -n 's/.*method=GET.*\/blobs\/.*http.response.written=\([0-9]*\).*/\
 # Waits until a machine's console has a line that begins so. Lines of the console end with CR LF.
 console() { # SECONDS PATTERN LOG PID
     local end=$((SECONDS + $1))
-    until grep -aq "^$2" "$3"; do
+    until grep -aqs "^$2" "$3"; do
         alive "$4" || { tail -n 15 "$3" >&2; die "the machine ended before '$2'"; }
         [ "$SECONDS" -lt "$end" ] || { tail -n 15 "$3" >&2; die "no '$2' within $1 s"; }
         sleep 0.1
@@ -99,6 +102,18 @@ console() { # SECONDS PATTERN LOG PID
 }
 
 # --- QEMU ----------------------------------------------------------------------------------------------------------
+
+# start_qemu LOG: a machine with $WORK/disk.sock as its disk; $qemu is its process.
+start_qemu() {
+    setsid qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 -nographic -nodefaults -serial stdio -no-reboot \
+        -object memory-backend-memfd,id=mem,size=1024M,share=on -numa node,memdev=mem \
+        -chardev "socket,id=disk,path=$WORK/disk.sock,reconnect=1" -device vhost-user-blk-pci,chardev=disk,num-queues=2 \
+        -kernel "$KERNEL/vmlinuz" -initrd "$WORK/initramfs.cpio" \
+        -append "console=ttyS0 panic=-1 quiet no_timer_check mitigations=off nokaslr no5lvl tsc=reliable rdinit=/init" \
+        </dev/null >"$1" 2>&1 &
+    qemu=$!
+    defer stop_pid "$qemu"
+}
 
 # The service answers a request of its own, reads files while the server is killed, and proves what it read.
 cat >"$WORK/service.py" <<'PY'
@@ -127,17 +142,10 @@ expected=$(chroot "$image/tree" /usr/bin/python3 -c "import base64; exec(base64.
 [ "${#expected}" -gt 60 ] || die "the service does not run here"
 
 use_node qemu
-make_initramfs "cd / && python3 -c \"import base64; exec(base64.b64decode('$code'))\"; sleep 1000"
+make_initramfs ro,noload "cd / && python3 -c \"import base64; exec(base64.b64decode('$code'))\"; sleep 1000"
 start_export "$WORK/disk.sock"
 before=$(sent) start=$(now)
-setsid qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 -nographic -nodefaults -serial stdio -no-reboot \
-    -object memory-backend-memfd,id=mem,size=1024M,share=on -numa node,memdev=mem \
-    -chardev "socket,id=disk,path=$WORK/disk.sock,reconnect=1" -device vhost-user-blk-pci,chardev=disk,num-queues=2 \
-    -kernel "$KERNEL/vmlinuz" -initrd "$WORK/initramfs.cpio" \
-    -append "console=ttyS0 panic=-1 quiet no_timer_check mitigations=off nokaslr no5lvl tsc=reliable rdinit=/init" \
-    </dev/null >"$LOGS/qemu.log" 2>&1 &
-qemu=$!
-defer stop_pid "$qemu"
+start_qemu "$LOGS/qemu.log"
 console 240 'ready http' "$LOGS/qemu.log" "$qemu"
 echo "QEMU: a service of the image is ready $(since "$start") s after the machine's start; $(mb $(($(sent) - before))) of $(mb "$stored") MB fetched"
 grep -aq "disk serial $(fr inspect "$REGISTRY/demo:packed" --json | jq -r '.digest[7:27]') ro 1 queues 2" "$LOGS/qemu.log" ||
@@ -159,6 +167,53 @@ found=$(tr -d '\r' <"$LOGS/qemu.log" | sed -n 's/^sum //p')
 echo "QEMU: the daemon was killed 3 times while the service read ${expected#* } files: no error, right data"
 stop_pid "$qemu"
 stop_pid "$EXPORT"
+
+# The same machine with a disk that it can write to, larger than the image.
+cat >"$WORK/writer.py" <<'PY'
+import hashlib, os
+room = os.statvfs("/")
+print("room", room.f_blocks * room.f_frsize >> 20, flush=True)
+os.mkdir("/written")
+for number in range(40):
+    with open(f"/written/{number}", "wb") as file:
+        for piece in range(10):
+            file.write(hashlib.sha512(b"%d.%d" % (number, piece)).digest() * 800)
+            file.flush()
+            os.fsync(file.fileno())
+    print("written", number, flush=True)
+with open("/etc/hostname", "a") as file:
+    file.write("changed\n")
+os.sync()
+open("/proc/sys/vm/drop_caches", "w").write("3")
+for number in range(40):
+    expected = b"".join(hashlib.sha512(b"%d.%d" % (number, piece)).digest() * 800 for piece in range(10))
+    assert open(f"/written/{number}", "rb").read() == expected, number
+print("read back", flush=True)
+PY
+code=$(base64 -w0 "$WORK/writer.py")
+make_initramfs rw,noatime "cd / && python3 -c \"import base64; exec(base64.b64decode('$code'))\" && mount -o remount,ro / && echo over; sleep 1000"
+writable=(--upper "$WORK/upper" --size 3G)
+start_export "$WORK/disk.sock" "${writable[@]}"
+start_qemu "$LOGS/qemu-writes.log"
+console 240 'written 0' "$LOGS/qemu-writes.log" "$qemu"
+room=$(tr -d '\r' <"$LOGS/qemu-writes.log" | sed -n 's/^room //p')
+[ "$room" -gt 2800 ] || die "a disk of 3 GiB has a file system of $room MiB"
+for kill in 1 2 3; do
+    kill -KILL "$(daemon_pid)"
+    wait "$EXPORT" || true
+    start_export "$WORK/disk.sock" "${writable[@]}"
+    console 120 "written ${kill}0" "$LOGS/qemu-writes.log" "$qemu"
+done
+console 240 'read back' "$LOGS/qemu-writes.log" "$qemu"
+console 60 'over' "$LOGS/qemu-writes.log" "$qemu"
+! grep -aE 'I/O error|EXT4-fs error|blk_update_request' "$LOGS/qemu-writes.log" >&2 || die "the machine saw errors"
+stop_pid "$qemu"
+stop_pid "$EXPORT"
+device=$(fr attach --quiet --transport loop --upper "$WORK/upper" "$REGISTRY/demo:packed")
+e2fsck -fn "$device" >"$LOGS/fsck.log" 2>&1 || die "what the machine wrote is damaged: $(cat "$LOGS/fsck.log")"
+debugfs -R 'cat /etc/hostname' "$device" 2>/dev/null | grep -qx changed || die "what the machine wrote is not there"
+fr detach "$device" >/dev/null
+echo "QEMU: wrote 40 files to a disk of its own, 400 times synced; the daemon was killed 3 times: no error, right data, a clean file system"
 drop_node
 
 # --- User Mode Linux -----------------------------------------------------------------------------------------------
