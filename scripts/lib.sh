@@ -266,6 +266,9 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.b
 address = "$dir/sock"
 [ttrpc]
 address = "$dir/sock.ttrpc"
+[proxy_plugins.firstread]
+type = "snapshot"
+address = "$WORK/snapshotter.sock"
 TOML
     setsid "${run[@]}" containerd -c "$dir/config.toml" >"$LOGS/containerd.log" 2>&1 &
     CONTAINERD_PID=$!
@@ -281,6 +284,17 @@ stop_containerd() {
     for id in $("${CTR[@]}" task ls -q); do "${CTR[@]}" task rm -f "$id"; done
     for id in $("${CTR[@]}" containers ls -q); do "${CTR[@]}" containers rm "$id"; done
     stop_pid "$CONTAINERD_PID"
+}
+
+# start_snapshotter: the one of the node in use, for the containerd that runs. Sets $SNAPSHOTTER_PID; stopped at exit.
+start_snapshotter() {
+    local run=()
+    [ -z "${NODE:-}" ] || run=(nsenter "--net=/run/netns/$NODE" --)
+    setsid "${run[@]}" "$FIRSTREAD" --root "$FR_DIR/root" --run "$FR_DIR/run" snapshotter --plain-http \
+        --listen "$WORK/snapshotter.sock" --containerd "$WORK/containerd/sock" >>"$LOGS/snapshotter.log" 2>&1 &
+    SNAPSHOTTER_PID=$!
+    defer stop_pid "$SNAPSHOTTER_PID"
+    wait_for 20 "${CTR[@]}" snapshot --snapshotter firstread ls || die "the snapshotter did not start: $(tail -n 1 "$LOGS/snapshotter.log")"
 }
 
 # Forgets an image and everything that was pulled for it.
