@@ -164,6 +164,9 @@ fn a_damaged_record_hurts_one_image_and_is_mended_by_a_pull() {
     cluster.publish("app", 2);
     cluster.publish("other", 2);
     let (image, other) = (pull(&cluster, "app:1"), pull(&cluster, "other:1"));
+    // A container that is based on what will be damaged: it can be removed afterwards, with what it has.
+    let made = cluster.id("made");
+    cluster.ctr_done(&["container", "create", "--snapshotter", "firstread", &image, &made]);
     cluster.snapshotter.kill("-TERM");
     let snapshots = cluster.node.root().join("snapshotter/default/snapshots");
     let digest = cluster.manifest("app:1")["layers"].as_array().unwrap().last().unwrap()["digest"].to_string();
@@ -186,6 +189,7 @@ fn a_damaged_record_hurts_one_image_and_is_mended_by_a_pull() {
     let two = cluster.id("two");
     arguments.extend([image.as_str(), &two, "sh", "-c", "cat /name"]);
     assert!(!cluster.ctr(&arguments).status.success());
+    cluster.ctr_done(&["container", "rm", &made]);
     let socket = cluster.socket();
     cluster.node.done(&["pull", "--repair", "--containerd", socket.to_str().unwrap(), &image]);
     assert_eq!(name_of(&cluster, &image, "three"), "app\n");

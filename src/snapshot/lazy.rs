@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
 use super::failure::Failure;
@@ -152,15 +153,16 @@ impl Devices {
         Ok(())
     }
 
-    /// Unmounts and detaches what belongs to snapshots that are not there any more. Says how many devices are still in
-    /// use. Blocks.
+    /// Unmounts and detaches what belongs to snapshots whose number `is_known` does not know: that are not there any more,
+    /// or damaged. Says how many devices are still in use. Blocks.
     ///
     /// # Errors
     /// A table of mounts that can't be read, or what the daemon says.
-    pub fn reap(&self) -> Result<usize, Failure> {
+    pub fn reap(&self, is_known: impl Fn(u64) -> bool) -> Result<usize, Failure> {
         let state = self.snapshots.parent().unwrap_or(&self.snapshots);
         let orphaned = |path: &Path| match path.strip_prefix(&self.snapshots) {
-            Ok(inside) => inside.components().next().is_some_and(|id| !self.snapshots.join(id).exists()),
+            // Asked after the mount or device was seen: a snapshot is known before it has either.
+            Ok(inside) => inside.iter().next().and_then(|id| id.to_str()?.parse().ok()).is_some_and(|id| !is_known(id)),
             // A mount moves along with the directory of a snapshot that is on its way out.
             Err(_) => path.starts_with(state),
         };
@@ -222,9 +224,12 @@ fn detach(client: &mut Client, device: &DeviceInfo) -> bool {
     }
 }
 
-/// Overlays keep what they were made of, so that a mount below one that runs can be undone.
+/// Overlays keep what they were made of, so that a mount below one that runs can be undone. One that is gone is none.
 fn unmount(point: &Path) -> Result<(), Failure> {
-    let undo = |flags| rustix::mount::unmount(point, UnmountFlags::NOFOLLOW | flags);
+    let undo = |flags| match rustix::mount::unmount(point, UnmountFlags::NOFOLLOW | flags) {
+        Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        other => other,
+    };
     undo(UnmountFlags::empty())
         .or_else(|_| undo(UnmountFlags::DETACH))
         .map_err(|errno| Failure::Failed(format!("unmounting {}: {}", point.display(), std::io::Error::from(errno))))

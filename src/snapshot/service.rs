@@ -102,7 +102,7 @@ impl Snapshotter {
             tracing::error!("the snapshot in {} is lost, its record is damaged: {reason}", dir.display());
         }
         let devices = Devices::new(daemon, options.access.clone(), options.transport.clone(), store.snapshots());
-        if let Err(failure) = devices.reap() {
+        if let Err(failure) = devices.reap(|id| store.knows(id)) {
             tracing::warn!("looking for what an earlier process left: {failure}");
         }
         store.sweep(Unfinished::Delete);
@@ -115,8 +115,8 @@ impl Snapshotter {
     pub async fn keep(&self) {
         loop {
             self.left.notified().await;
-            let devices = Arc::clone(&self.devices);
-            match blocking(move || devices.reap()).await {
+            let (store, devices) = (Arc::clone(&self.store), Arc::clone(&self.devices));
+            match blocking(move || devices.reap(|id| store.knows(id))).await {
                 Ok(0) => continue,
                 Ok(left) => tracing::debug!("{left} devices of removed snapshots are still in use"),
                 Err(failure) => tracing::warn!("looking for devices of removed snapshots: {failure}"),
@@ -351,7 +351,7 @@ impl Snapshotter {
         let (store, devices) = (Arc::clone(&self.store), Arc::clone(&self.devices));
         blocking(move || {
             store.sweep(Unfinished::Keep);
-            devices.reap().map(drop)
+            devices.reap(|id| store.knows(id)).map(drop)
         })
         .await
     }

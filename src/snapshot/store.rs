@@ -96,6 +96,13 @@ impl Store {
         self.table.lock().slots.values().filter_map(|slot| slot.shown.clone()).collect()
     }
 
+    /// Whether there is a snapshot with this number.
+    #[must_use]
+    pub fn knows(&self, id: u64) -> bool {
+        let table = self.table.lock();
+        table.slots.values().any(|slot| slot.shown.as_ref().is_some_and(|snapshot| snapshot.id == id))
+    }
+
     /// What `snapshot` is based on: its parent first, then that one's, ….
     ///
     /// # Errors
