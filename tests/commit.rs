@@ -285,3 +285,39 @@ fn a_registry_that_fails_halfway_has_no_half_an_image() {
     assert_eq!(tags(), ["1", "2"]);
     same_elsewhere(&format!("{}/app:2", registry.host()), &dir);
 }
+
+#[test]
+fn an_export_is_committed_by_the_directory_of_its_upper_while_a_guest_has_it() {
+    let node = Node::new();
+    let path = |name: &str| node.path().join(name);
+    let disk = Random(4).bytes(3 << 20);
+    fs::write(path("disk"), &disk).unwrap();
+    let image = |tag: &str| format!("oci:{}:{tag}", path("layout").display());
+    node.done(&["build", &format!("raw:{}", path("disk").display()), &image("1"), "--no-cache", "--quiet"]);
+    let socket = format!("unix:{}", path("s.sock").display());
+    let upper = path("upper");
+    let mut export = node
+        .command(&["--quiet", "export", &image("1"), "--nbd", &socket, "--upper", text(&upper)])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("it is served", || path("s.sock").exists());
+    let script = "import nbd, sys
+h = nbd.NBD()
+h.connect_uri('nbd+unix:///?socket=' + sys.argv[1])
+h.pwrite(b'z' * 8192, 1 << 20)";
+    let written = Command::new("/usr/bin/python3").args(["-c", script, text(&path("s.sock"))]).status().unwrap();
+    assert!(written.success());
+    let report = node.json(&["commit", text(&upper), &image("2"), "--quiet"]);
+    assert_eq!(report["new_chunks"], 1, "{report}");
+    assert!(export.try_wait().unwrap().is_none(), "it goes on");
+    assert!(Command::new("kill").arg(export.id().to_string()).status().unwrap().success());
+    export.wait().unwrap();
+    // Nobody has it any more: the directory itself is committed.
+    let again = node.json(&["commit", text(&upper), &image("3"), "--quiet", "--reuse", &image("2")]);
+    assert_eq!(again["new_chunks"], 0, "{again}");
+    let attached = node.json(&["attach", &image("2")]);
+    let mut expected = disk;
+    expected[1 << 20..][..8192].fill(b'z');
+    assert!(fs::read(attached["device"].as_str().unwrap()).unwrap() == expected);
+}
