@@ -294,7 +294,9 @@ start_snapshotter() {
         --listen "$WORK/snapshotter.sock" --containerd "$WORK/containerd/sock" >>"$LOGS/snapshotter.log" 2>&1 &
     SNAPSHOTTER_PID=$!
     defer stop_pid "$SNAPSHOTTER_PID"
-    wait_for 20 "${CTR[@]}" snapshot --snapshotter firstread ls || die "the snapshotter did not start: $(tail -n 1 "$LOGS/snapshotter.log")"
+    # containerd waits between its tries to reach it; a list of nothing would not ask it at all.
+    wait_for 20 "${CTR[@]}" snapshot --snapshotter firstread prepare probe || die "the snapshotter did not start: $(tail -n 1 "$LOGS/snapshotter.log")"
+    "${CTR[@]}" snapshot --snapshotter firstread rm probe
 }
 
 # Forgets an image and everything that was pulled for it.
