@@ -12,8 +12,10 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use file_device::{BLOCK, FileDevice, write_reference};
+use firstread::Error;
 use firstread::attach::loop_device::{self, LoopOptions};
 use firstread::attach::nbd::NbdOptions;
 use firstread::chunk::Digest;
@@ -42,7 +44,14 @@ fn reopen(lower: &Arc<FileDevice>, upper: &Path) -> Arc<Overlay> {
         manifest: Digest::of(b"manifest"),
     };
     let options = UpperOptions { size: None, durability: Durability::Kept, boot: "this".to_owned() };
-    let upper = Upper::open(upper, &identity, &options).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let upper = loop {
+        match Upper::open(upper, &identity, &options) {
+            // A client that another test starts just now has its lock until it is executed.
+            Err(Error::Busy(_)) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            opened => break opened.unwrap(),
+        }
+    };
     Overlay::new(Arc::clone(lower) as Arc<dyn Device>, Arc::new(upper)).unwrap()
 }
 
