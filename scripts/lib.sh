@@ -324,8 +324,9 @@ chroot_app() {
 # What is measured is what readers and start-up packs cause; `all` adds the background fill of images without a pack.
 export FIRSTREAD_FETCH_PREFETCH=${FIRSTREAD_FETCH_PREFETCH:-startup}
 
-# The program under test, as it is on disk (FIRSTREAD overrides).
-FIRSTREAD=${FIRSTREAD:-$TARGET/release/firstread}
+# The program under test, as it is on disk (FIRSTREAD overrides). Tests say BUILT=debug before they source this: what is measured is
+# built with optimisations, what is tested is what cargo built last.
+FIRSTREAD=${FIRSTREAD:-$TARGET/${BUILT:-release}/firstread}
 
 # use_node NAME: a fresh node: own pool, own daemon, stopped at exit. `fr VERB…` speaks to it in the node's network.
 use_node() {

@@ -3,12 +3,12 @@
 # kill is right or an error, and a daemon started again opens the pool, holds the pin that was made, finds nothing damaged
 # (a kill is no power loss), and serves every file right. ROUNDS (12) is how often; SEED repeats a run's delays.
 set -euo pipefail
+BUILT=debug
 # shellcheck source=../scripts/lib.sh
 . "$(dirname "$(readlink -f "$0")")/../scripts/lib.sh"
 
 need_root
 need_tools docker-registry skopeo getfattr jq
-FIRSTREAD=${FIRSTREAD:-$TARGET/debug/firstread}
 [ -x "$FIRSTREAD" ] || die "$FIRSTREAD is missing: cargo build"
 begin crash
 RANDOM=${SEED:=$((SECONDS + $$ % 30000))}

@@ -2,12 +2,12 @@
 # Real layers: images of Debian, PyPI and npm packages, each a layer more than the one before it, as umoci finds the changes of a
 # tree (whiteouts included). What is mounted must be what umoci and containerd's overlayfs unpack, node by node.
 set -euo pipefail
+BUILT=debug
 # shellcheck source=../scripts/lib.sh
 . "$(dirname "$(readlink -f "$0")")/../scripts/lib.sh"
 
 need_root
 need_tools umoci skopeo containerd ctr getfattr setcap dpkg-deb python3 npm jq
-FIRSTREAD=${FIRSTREAD:-$TARGET/debug/firstread}
 [ -x "$FIRSTREAD" ] || die "$FIRSTREAD is missing: cargo build"
 begin layers
 

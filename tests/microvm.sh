@@ -3,12 +3,12 @@
 # kernel, whose daemon is killed on the way, also while it writes to its disk, and User Mode Linux. What each fetched until it was
 # ready is printed.
 set -euo pipefail
+BUILT=debug
 # shellcheck source=../scripts/lib.sh
 . "$(dirname "$(readlink -f "$0")")/../scripts/lib.sh"
 
 need_root
 need_tools docker-registry skopeo qemu-system-x86_64 cpio xz jq sha256sum
-FIRSTREAD=${FIRSTREAD:-$TARGET/debug/firstread}
 [ -x "$FIRSTREAD" ] || die "$FIRSTREAD is missing: cargo build"
 begin microvm
 CACHE=${FIRSTREAD_CACHE:-/var/cache/firstread-test}

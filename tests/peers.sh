@@ -2,12 +2,12 @@
 # The whole path with the programs as they are, against peers as they are: a registry, skopeo, containerd, libnbd, QEMU.
 # containerd's own unpacking of the source image is the reference for every node of the packed one.
 set -euo pipefail
+BUILT=debug
 # shellcheck source=../scripts/lib.sh
 . "$(dirname "$(readlink -f "$0")")/../scripts/lib.sh"
 
 need_root
 need_tools docker-registry skopeo containerd ctr nbdinfo nbdcopy qemu-img e2fsck getfattr jq
-FIRSTREAD=${FIRSTREAD:-$TARGET/debug/firstread}
 [ -x "$FIRSTREAD" ] || die "$FIRSTREAD is missing: cargo build"
 begin peers
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The machines of scripts/vm say how they ended, and the scenarios in tests/vm hold in them.
 set -euo pipefail
+BUILT=debug
 # shellcheck source=../scripts/lib.sh
 . "$(dirname "$(readlink -f "$0")")/../scripts/lib.sh"
 
