@@ -124,18 +124,24 @@ impl Upper {
     /// [`Error::Busy`] when somebody has it open, [`Error::Invalid`] when it belongs to another lower, is of another size
     /// or is damaged, or what the system says.
     pub fn open(dir: &Path, lower: &LowerIdentity, options: &UpperOptions) -> Result<Self> {
-        let name = dir.display().to_string();
-        let failed = |error| Error::io(format!("open the upper {name}"), error);
-        fs::create_dir_all(dir).map_err(failed)?;
-        let lock = File::open(dir).map_err(failed)?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(Error::Busy(format!("the upper {name} is in use by another device; detach that first")));
-            }
-            Err(errno) => return Err(failed(errno.into())),
-        }
-        let upper = Self::open_on(&Directory::new(dir), &name, lower, options)?;
+        fs::create_dir_all(dir).map_err(|error| Error::io(format!("open the upper {}", dir.display()), error))?;
+        let lock = lock(dir)?;
+        let upper = Self::open_on(&Directory::new(dir), &dir.display().to_string(), lower, options)?;
+        *upper.lock.lock() = Some(lock);
+        Ok(upper)
+    }
+
+    /// As [`open`](Self::open), but makes none: whoever removed an upper meanwhile does not find a new one in its place.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open), and there is none.
+    pub fn open_existing(dir: &Path, lower: &LowerIdentity, options: &UpperOptions) -> Result<Self> {
+        let lock = lock(dir)?;
+        let (files, name) = (Directory::new(dir), dir.display().to_string());
+        let Some(header) = Header::read(&files, &name)? else {
+            return Err(Error::invalid("upper", format!("there is none in {name}")));
+        };
+        let upper = Self::open_found(Some(header), &files, &name, lower, options)?;
         *upper.lock.lock() = Some(lock);
         Ok(upper)
     }
@@ -145,9 +151,18 @@ impl Upper {
     /// # Errors
     /// As of [`open`](Self::open), but for [`Error::Busy`].
     pub fn open_on(dir: &dyn MediaDir, name: &str, lower: &LowerIdentity, options: &UpperOptions) -> Result<Self> {
+        Self::open_found(Header::read(dir, name)?, dir, name, lower, options)
+    }
+
+    fn open_found(
+        found: Option<Header>,
+        dir: &dyn MediaDir,
+        name: &str,
+        lower: &LowerIdentity,
+        options: &UpperOptions,
+    ) -> Result<Self> {
         let failed = |error| Error::io(format!("open the upper {name}"), error);
         let wanted = options.size.map(|size| wanted_size(size, lower)).transpose()?;
-        let found = Header::read(dir, name)?;
         let size = match &found {
             Some(header) => {
                 header.check(lower, name)?;
@@ -435,6 +450,19 @@ pub fn remove(dir: &Path) -> Result<()> {
             Err(failed(error))
         }
         _ => Ok(()),
+    }
+}
+
+/// The lock of the upper in the directory `dir`.
+fn lock(dir: &Path) -> Result<File> {
+    let failed = |error| Error::io(format!("open the upper {}", dir.display()), error);
+    let lock = File::open(dir).map_err(failed)?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Error::Busy(format!("the upper {} is in use by another device; detach that first", dir.display())))
+        }
+        Err(errno) => Err(failed(errno.into())),
     }
 }
 

@@ -52,6 +52,25 @@ fn an_upper_has_one_owner_and_one_lower() {
 }
 
 #[test]
+fn one_that_was_removed_is_not_made_again_by_who_only_reads_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let (dir, image) = (temp.path().join("upper"), lower("image", 64 * BLOCK_BYTES));
+    assert!(Upper::open_existing(&dir, &image, &options()).is_err());
+    assert!(!dir.exists());
+    let upper = Upper::open(&dir, &image, &options()).unwrap();
+    write(&upper, 3, 7);
+    assert!(matches!(Upper::open_existing(&dir, &image, &options()), Err(Error::Busy(_))));
+    drop(upper);
+    assert_eq!(changed(&Upper::open_existing(&dir, &image, &options()).unwrap()), [(3, 4)]);
+    // The directory stays when the files go: another may be in it.
+    std::fs::write(dir.join("other"), "").unwrap();
+    remove(&dir).unwrap();
+    let error = Upper::open_existing(&dir, &image, &options()).unwrap_err().to_string();
+    assert!(error.contains("there is none"), "{error}");
+    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1);
+}
+
+#[test]
 fn a_copy_is_the_upper_at_a_moment_and_opens_over_the_same_lower() {
     let temp = tempfile::tempdir().unwrap();
     let image = lower("image", 4096 * BLOCK_BYTES);

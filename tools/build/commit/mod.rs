@@ -239,7 +239,7 @@ impl Written {
         };
         let parent = Parent::open(&reference, shared, runtime)?;
         let options = UpperOptions { size: None, durability: Durability::Kept, boot: boot.to_owned() };
-        let upper = Upper::open(dir, &parent.identity(), &options)?;
+        let upper = Upper::open_existing(dir, &parent.identity(), &options)?;
         let overlay = Overlay::new(Arc::clone(parent.device()) as Arc<dyn Device>, Arc::new(upper))?;
         Ok(Self { parent, overlay })
     }

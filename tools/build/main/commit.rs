@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use anyhow::Context;
 use clap::Args;
 use comfy_table::{Table, presets};
 use firstread::build::{Change, CommitRequest, DiffRequest, Difference, FileSystemState, commit, diff};
@@ -12,6 +13,7 @@ use firstread::device::upper::boot;
 use firstread::oci::Reference;
 use firstread::source::{Access, BlobPlace};
 use indicatif::HumanBytes;
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use super::Common;
 
@@ -78,10 +80,16 @@ struct Reach {
     /// Where blobs are as well (repeatable).
     #[arg(long, value_name = "[NAME=]URL")]
     blobs: Vec<BlobPlace>,
+    /// The process that runs this one, which ends with it.
+    #[arg(long, value_name = "PID", hide = true)]
+    run_by: Option<u32>,
 }
 
 impl Reach {
     fn access(self, common: &Common) -> anyhow::Result<Access> {
+        if let Some(parent) = self.run_by {
+            end_with(parent)?;
+        }
         let config = common.settings()?;
         let default = Access::default();
         Ok(Access {
@@ -92,6 +100,15 @@ impl Reach {
             ..default
         })
     }
+}
+
+/// Has the kernel end this process when the one that runs it is gone.
+fn end_with(parent: u32) -> anyhow::Result<()> {
+    set_parent_process_death_signal(Some(Signal::TERM)).context("ending with the process that runs this one")?;
+    // It may be gone already; then there is no signal.
+    let runs = getppid().is_some_and(|pid| u32::try_from(pid.as_raw_nonzero().get()) == Ok(parent));
+    anyhow::ensure!(runs, "process {parent}, which ran this one, is gone");
+    Ok(())
 }
 
 impl CommitArgs {
