@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::places::Places;
 use super::unpack::unpack_index;
 use super::{Origin, Patience};
 use crate::chunk::Digest;
@@ -12,7 +13,7 @@ use crate::oci::{
     Config, Document, Layers, MAX_CONFIG_BYTES, MAX_DOCUMENT_BYTES, Platform, Reference, descriptor_digest,
 };
 use crate::source::files::{blocking, read_small, replace};
-use crate::source::{Access, RawDocument, Repository, Source, open_places};
+use crate::source::{Access, RawDocument, Repository, open_places};
 
 /// Most image indexes that list one another on the way to a manifest.
 const MAX_NESTING: u32 = 4;
@@ -61,7 +62,7 @@ pub async fn open_image(
     platform: &Platform,
     cache_dir: &Path,
 ) -> Result<Image> {
-    let places = Places(Repository::open_all(reference, access).await?.into_iter().map(Arc::new).collect());
+    let places = Places::open(reference, access).await?;
     let cache = Cache { dir: cache_dir.to_owned() };
     let top = resolve(&places, &cache, reference).await?;
     let Local { documents: Documents { manifest_digest, layers, config }, index } =
@@ -161,44 +162,6 @@ pub fn keep_image(cache_dir: &Path, parts: &Parts<'_>) -> Result<()> {
     }
     replace(&cache.path(&config, "json"), parts.config)?;
     replace(&cache.path(&Digest::of(parts.manifest), "json"), parts.manifest)
-}
-
-/// Where an image is, best first.
-struct Places(Vec<Arc<Repository>>);
-
-impl Places {
-    fn sources(self) -> Vec<Arc<dyn Source>> {
-        self.0.into_iter().map(|place| place as Arc<dyn Source>).collect()
-    }
-
-    /// What the reference names: of the places that may be asked for that.
-    async fn manifest(&self) -> Result<RawDocument> {
-        let may = self.0.iter().filter(|place| place.resolves());
-        first(may, |place| async move { place.manifest().await }).await
-    }
-
-    /// Asks one place after the other until one has the right answer.
-    async fn ask<T, F: Future<Output = Result<T>>>(&self, ask: impl Fn(Arc<Repository>) -> F) -> Result<T> {
-        first(self.0.iter(), ask).await
-    }
-}
-
-/// The first good answer, or else the last place's error: that is the registry itself.
-async fn first<'a, T, F: Future<Output = Result<T>>>(
-    places: impl Iterator<Item = &'a Arc<Repository>>,
-    ask: impl Fn(Arc<Repository>) -> F,
-) -> Result<T> {
-    let mut earlier: Option<Error> = None;
-    for place in places {
-        if let Some(error) = earlier.take() {
-            tracing::warn!(%error, "asking {} instead", place.name());
-        }
-        match ask(Arc::clone(place)).await {
-            Ok(answer) => return Ok(answer),
-            Err(error) => earlier = Some(error),
-        }
-    }
-    Err(earlier.unwrap_or_else(|| Error::unreachable("the image", "it has no source")))
 }
 
 /// The digest that a reference names its document by.

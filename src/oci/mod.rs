@@ -7,9 +7,11 @@ pub mod annotation;
 mod document;
 mod layers;
 mod reference;
+mod time;
 
 pub use document::{
     Config, Document, MAX_CONFIG_BYTES, MAX_DOCUMENT_BYTES, Platform, canonical_json, descriptor_digest, media_type,
 };
 pub use layers::{IndexLayer, Layers, Verity};
 pub use reference::{Reference, RegistryReference};
+pub use time::rfc3339;

@@ -9,6 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use oci_spec::image::ImageManifest;
 use tonic::Status;
 
 use super::api::Api;
@@ -75,15 +76,14 @@ async fn search(containerd: &Path, snapshot: &Snapshot, depth: usize) -> Result<
     let of_config = configs.iter().map(|config| format!("labels.\"containerd.io/gc.ref.content.config\"=={config}"));
     let filters: Vec<String> = of_layer.into_iter().chain(of_config).collect();
     for info in list(&api, &filters).await? {
-        let Some((manifest, layers)) = firstread(&api, &info).await? else { continue };
-        if layer.is_some_and(|digest| digest != layers.index.digest.to_string()) {
+        let Some(manifest) = firstread(&api, &info).await? else { continue };
+        if layer.is_some_and(|digest| digest != manifest.layers.index.digest.to_string()) {
             continue;
         }
-        let Some(digest) = parse(&info.digest) else { continue };
-        let config = read(&api, &config_of(&manifest)?, MAX_CONFIG_BYTES).await?;
-        let reference = reference(&api, snapshot, &info, &digest).await?;
-        let blobs = blobs(&api, &layers).await;
-        return Ok(Located { reference, manifest, config, blobs });
+        let config = read(&api, &descriptor_digest(manifest.document.config())?, MAX_CONFIG_BYTES).await?;
+        let reference = reference(&api, snapshot, &info, &manifest.digest).await?;
+        let blobs = blobs(&api, &manifest.layers).await;
+        return Ok(Located { reference, manifest: manifest.bytes, config, blobs });
     }
     Err(Failure::NotFound(format!("containerd has no firstread image whose index is {chain}")))
 }
@@ -91,37 +91,29 @@ async fn search(containerd: &Path, snapshot: &Snapshot, depth: usize) -> Result<
 /// The configurations whose layers make the chain.
 async fn of_chain(api: &Api, chain: &str) -> Result<Vec<String>, Failure> {
     // The label's name ends in what containerd's configuration calls this snapshotter; it is not told to us everywhere.
-    let plugins: introspection::PluginsResponse = api
-        .call(
-            introspection::SERVICE,
-            "Plugins",
-            introspection::PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".to_owned()] },
-        )
-        .await
-        .map_err(status)?;
+    let plugins = plugins(api, "io.containerd.snapshotter.v1").await?;
     let filters: Vec<String> = plugins
-        .plugins
         .iter()
         .map(|plugin| format!("labels.\"containerd.io/gc.ref.snapshot.{}\"=={chain}", plugin.id))
         .collect();
     Ok(list(api, &filters).await?.into_iter().map(|info| info.digest).collect())
 }
 
-/// The blob's bytes and layers, if it is the manifest of a firstread image.
-async fn firstread(api: &Api, info: &content::Info) -> Result<Option<(Vec<u8>, Layers)>, Failure> {
-    let Some(digest) = parse(&info.digest) else { return Ok(None) };
-    let bytes = read(api, &digest, MAX_DOCUMENT_BYTES).await?;
-    Ok(match Document::parse(&bytes, "") {
-        Ok(Document::Manifest(manifest)) => Layers::of(&manifest).ok().map(|layers| (bytes, layers)),
-        _ => None,
-    })
+/// A manifest of a firstread image.
+struct Manifest {
+    bytes: Vec<u8>,
+    digest: Digest,
+    document: Box<ImageManifest>,
+    layers: Layers,
 }
 
-fn config_of(manifest: &[u8]) -> Result<Digest, Failure> {
-    match Document::parse(manifest, "")? {
-        Document::Manifest(manifest) => Ok(descriptor_digest(manifest.config())?),
-        Document::Index(_) => Err(Failure::Failed("a manifest turned into an image index".to_owned())),
-    }
+/// The blob as a manifest, if it is that of a firstread image.
+async fn firstread(api: &Api, info: &content::Info) -> Result<Option<Manifest>, Failure> {
+    let Ok(digest) = info.digest.parse() else { return Ok(None) };
+    let bytes = read(api, &digest, MAX_DOCUMENT_BYTES).await?;
+    let Ok(Document::Manifest(document)) = Document::parse(&bytes, "") else { return Ok(None) };
+    let Ok(layers) = Layers::of(&document) else { return Ok(None) };
+    Ok(Some(Manifest { bytes, digest, document, layers }))
 }
 
 /// The reference of the image with this manifest.
@@ -171,10 +163,8 @@ fn at_digest(name: &str, digest: &Digest) -> Option<String> {
 
 /// The directory of containerd's blobs, when the image's packs were downloaded into it.
 async fn blobs(api: &Api, layers: &Layers) -> Option<PathBuf> {
-    let filters = vec!["type==io.containerd.content.v1".to_owned()];
-    let answer: introspection::PluginsResponse =
-        api.call(introspection::SERVICE, "Plugins", introspection::PluginsRequest { filters }).await.ok()?;
-    let root = PathBuf::from(answer.plugins.first()?.exports.get("root")?);
+    let plugins = plugins(api, "io.containerd.content.v1").await.ok()?;
+    let root = PathBuf::from(plugins.first()?.exports.get("root")?);
     let (_, first, _) = layers.packs.first()?;
     let file = root.join("blobs/sha256").join(first.hex());
     tokio::fs::try_exists(&file).await.ok()?.then_some(root)
@@ -216,8 +206,12 @@ async fn read(api: &Api, digest: &Digest, max: u64) -> Result<Vec<u8>, Failure> 
     }
 }
 
-fn parse(digest: &str) -> Option<Digest> {
-    digest.parse().ok()
+/// containerd's plugins of a type.
+async fn plugins(api: &Api, kind: &str) -> Result<Vec<introspection::Plugin>, Failure> {
+    let request = introspection::PluginsRequest { filters: vec![format!("type=={kind}")] };
+    let answer: introspection::PluginsResponse =
+        api.call(introspection::SERVICE, "Plugins", request).await.map_err(status)?;
+    Ok(answer.plugins)
 }
 
 fn status(status: Status) -> Failure {

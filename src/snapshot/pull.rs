@@ -15,6 +15,7 @@ use tonic::{Code, Status};
 
 use super::api::Api;
 use super::locate::REFERENCE;
+use super::service::REF;
 use super::wire::content::{self, WriteAction, WriteRequest, WriteResponse};
 use super::wire::snapshots::{CommitRequest, InfoResponse, KeyRequest, MountsResponse, PrepareRequest};
 use super::wire::{Descriptor as WireDescriptor, Empty, FieldMask, Labels, diff, images, leases, snapshots};
@@ -22,11 +23,12 @@ use crate::chunk::Digest;
 use crate::daemon::control::{Kind, Problem, SourceAccess};
 use crate::daemon::images::source_access;
 use crate::error::Error;
+use crate::fetch::Places;
 use crate::oci::{
     Document, Layers, MAX_CONFIG_BYTES, Platform, Reference, RegistryReference, annotation, descriptor_digest,
-    media_type,
+    media_type, rfc3339,
 };
-use crate::source::{RawDocument, Repository};
+use crate::source::RawDocument;
 
 /// Most bytes of an index layer that are pulled.
 const INDEX_LAYER_MAX: u64 = 2 << 30;
@@ -34,8 +36,6 @@ const INDEX_LAYER_MAX: u64 = 2 << 30;
 const LEASE_SECONDS: u64 = 24 * 3600;
 /// The prefix of what containerd tells snapshotters.
 const INHERITED: &str = "containerd.io/snapshot/";
-/// The label that names a layer's chain.
-const REF: &str = "containerd.io/snapshot.ref";
 
 /// What is to be pulled, and where to.
 #[derive(Clone, Debug)]
@@ -88,7 +88,9 @@ pub async fn pull(containerd: &Api, pull: &Pull) -> Result<Pulled, Problem> {
     let request = leases::CreateRequest { id: lease.clone(), labels };
     api.call::<_, leases::CreateResponse>(leases::SERVICE, "Create", request).await.map_err(refused)?;
     let leased = api.leased(&lease).map_err(refused)?;
-    let done = Puller { api: leased, pull, places: places(pull).await?, received: 0 }.run().await;
+    let reference = Reference::Registry(pull.reference.clone());
+    let places = Places::open(&reference, &source_access(&pull.access)).await?;
+    let done = Puller { api: leased, pull, places, received: 0 }.run().await;
     // It ends by itself otherwise.
     let ended = api.call::<_, Empty>(leases::SERVICE, "Delete", leases::DeleteRequest { id: lease }).await;
     if let Err(status) = ended {
@@ -97,36 +99,34 @@ pub async fn pull(containerd: &Api, pull: &Pull) -> Result<Pulled, Problem> {
     done
 }
 
-async fn places(pull: &Pull) -> Result<Vec<Arc<Repository>>, Problem> {
-    let reference = Reference::Registry(pull.reference.clone());
-    let all = Repository::open_all(&reference, &source_access(&pull.access)).await?;
-    Ok(all.into_iter().map(Arc::new).collect())
-}
-
 struct Puller<'a> {
     api: Api,
     pull: &'a Pull,
-    places: Vec<Arc<Repository>>,
+    places: Places,
     received: u64,
 }
 
 impl Puller<'_> {
     async fn run(mut self) -> Result<Pulled, Problem> {
-        let top = self.ask(|place| async move { place.manifest().await }, Repository::resolves).await?;
+        let top = self.places.manifest().await?;
         self.received += top.bytes.len() as u64;
-        let (raw, manifest) = match Document::parse(&top.bytes, &top.media_type)? {
-            Document::Manifest(manifest) => (top.clone(), manifest),
+        let (raw, manifest, kind) = match Document::parse(&top.bytes, &top.media_type)? {
+            Document::Manifest(manifest) => (top.clone(), manifest, media_type::MANIFEST),
             Document::Index(index) => {
+                let kind = match top.media_type.as_str() {
+                    media_type::DOCKER_INDEX => media_type::DOCKER_INDEX,
+                    _ => media_type::INDEX,
+                };
                 let entry = Document::pick(&index, &Platform::host(), &name_of(&self.pull.reference))?;
                 let digest = descriptor_digest(entry)?;
-                let raw = self.ask(|place| async move { place.manifest_by_digest(&digest).await }, |_| true).await?;
+                let raw = self.places.ask(|place| async move { place.manifest_by_digest(&digest).await }).await?;
                 self.received += raw.bytes.len() as u64;
                 let number = index.manifests().iter().position(|other| other.digest() == entry.digest());
                 let label = format!("containerd.io/gc.ref.content.m.{}", number.unwrap_or_default());
                 // The manifest has to be there before what refers to it, or it could be collected.
                 self.keep(&top, [(label, digest.to_string())].into()).await?;
                 match Document::parse(&raw.bytes, &raw.media_type)? {
-                    Document::Manifest(manifest) => (raw, manifest),
+                    Document::Manifest(manifest) => (raw, manifest, kind),
                     Document::Index(_) => return Err(Error::invalid("image", "its indexes are nested").into()),
                 }
             }
@@ -143,36 +143,20 @@ impl Puller<'_> {
         let digest = descriptor_digest(manifest.config())?;
         let bytes = manifest.config().size();
         let config =
-            self.ask(|place| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await }, |_| true).await?;
+            self.places.ask(|place| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await }).await?;
         self.received += config.len() as u64;
         self.write(&digest, Bytes::from(config.clone()), self.source()).await?;
         self.fetch_index(&layers).await?;
         let top_chain = self.unpack(&manifest, &config).await?;
         let label = format!("containerd.io/gc.ref.snapshot.{}", self.pull.snapshotter);
         self.relabel(&digest, [(label, top_chain)].into()).await?;
-        self.name(&top).await?;
+        self.name(&top, kind).await?;
         Ok(Pulled {
             image: name_of(&self.pull.reference),
             digest: top.digest.to_string(),
             received: self.received,
             left: layers.packs.iter().map(|(_, _, bytes)| bytes).sum(),
         })
-    }
-
-    /// The first place's answer that is one; the last one's error otherwise.
-    async fn ask<T, F: Future<Output = crate::Result<T>>>(
-        &self,
-        ask: impl Fn(Arc<Repository>) -> F,
-        may: impl Fn(&Repository) -> bool,
-    ) -> Result<T, Problem> {
-        let mut last = Error::unreachable(name_of(&self.pull.reference), "it has no source");
-        for place in self.places.iter().filter(|place| may(place)) {
-            match ask(Arc::clone(place)).await {
-                Ok(answer) => return Ok(answer),
-                Err(error) => last = error,
-            }
-        }
-        Err(last.into())
     }
 
     /// Says in containerd where a blob came from, as its own client does.
@@ -196,7 +180,7 @@ impl Puller<'_> {
             return self.relabel(&layer.digest, self.source()).await;
         }
         let (digest, bytes) = (layer.digest, layer.bytes);
-        let body = self.ask(|place| async move { place.blob(&digest, bytes).await }, |_| true).await?;
+        let body = self.places.ask(|place| async move { place.blob(&digest, bytes).await }).await?;
         let broken = Arc::new(Mutex::new(None));
         let request = WriteRequest {
             r#ref: format!("firstread-{digest}"),
@@ -360,15 +344,10 @@ impl Puller<'_> {
         Ok(())
     }
 
-    /// Names the image.
-    async fn name(&self, top: &RawDocument) -> Result<(), Problem> {
-        let kind = match Document::parse(&top.bytes, &top.media_type)? {
-            Document::Manifest(_) => media_type::MANIFEST,
-            Document::Index(_) if top.media_type == media_type::DOCKER_INDEX => media_type::DOCKER_INDEX,
-            Document::Index(_) => media_type::INDEX,
-        };
+    /// Names the image: a document of a media type.
+    async fn name(&self, top: &RawDocument, media_type: &str) -> Result<(), Problem> {
         let target = WireDescriptor {
-            media_type: kind.to_owned(),
+            media_type: media_type.to_owned(),
             digest: top.digest.to_string(),
             size: i64::try_from(top.bytes.len()).unwrap_or(i64::MAX),
             annotations: Labels::new(),
@@ -419,33 +398,5 @@ pub fn refused(status: Status) -> Problem {
     match status.code() {
         Code::Unavailable => Problem::new(Kind::Failed, message).hint("does it run? --containerd names its socket"),
         _ => Problem::new(Kind::Failed, message),
-    }
-}
-
-/// Seconds since 1970 as RFC 3339 has them, in UTC.
-fn rfc3339(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86400, seconds % 86400);
-    // Howard Hinnant's days-to-civil, for days since 1970 on the proleptic Gregorian calendar.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hours, minutes, seconds) = (rest / 3600, rest % 3600 / 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}Z")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_rfc_3339() {
-        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
-        assert_eq!(rfc3339(951_782_400), "2000-02-29T00:00:00Z");
-        assert_eq!(rfc3339(1_795_363_199), "2026-11-22T15:59:59Z");
     }
 }

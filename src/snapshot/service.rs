@@ -30,7 +30,7 @@ use crate::fetch;
 use crate::oci::annotation;
 
 /// The label that says what a skipped layer is to be called: the name of its chain.
-const REF: &str = "containerd.io/snapshot.ref";
+pub(super) const REF: &str = "containerd.io/snapshot.ref";
 /// The label that chooses a [`MountKind`] for one container: `overlay` or `block`.
 const MOUNT: &str = "containerd.io/snapshot/firstread/mount";
 /// Snapshots in one message of List.

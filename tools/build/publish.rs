@@ -15,28 +15,12 @@ use super::reuse::Earlier;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::index::{Blob, Role};
-use crate::oci::{annotation, canonical_json, media_type};
+use crate::oci::{annotation, canonical_json, media_type, rfc3339};
 use crate::source::files::unlinked;
 use crate::source::{Content, Publish, Repository};
 
 /// When the image was created, for sources that do not say.
 const NO_TIME: u64 = 0;
-
-/// Seconds since 1970 as a time in UTC (RFC 3339). The days are counted in eras of 400 years that begin in March, so that
-/// a leap day is the last of its year.
-pub(super) fn rfc3339(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    // 719 468 days from March of the year 0 to 1970.
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = era * 400 + year + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
-}
 
 pub(super) fn descriptor(media_type: &str, digest: &Digest, bytes: u64) -> Value {
     json!({ "mediaType": media_type, "digest": digest.to_string(), "size": bytes })
@@ -198,22 +182,4 @@ pub(super) fn index(manifests: &[Value], destination: &Repository, runtime: &Han
     let index = json!({ "schemaVersion": 2, "mediaType": media_type::INDEX, "manifests": manifests });
     let index = canonical_json(&index)?;
     runtime.block_on(destination.push_manifest(&index, media_type::INDEX, Publish::Named))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_those_of_the_calendar() {
-        for (seconds, text) in [
-            (0, "1970-01-01T00:00:00Z"),
-            (951_782_399, "2000-02-28T23:59:59Z"),
-            (951_782_400, "2000-02-29T00:00:00Z"),
-            (1_735_689_600, "2025-01-01T00:00:00Z"),
-            (4_107_542_400, "2100-03-01T00:00:00Z"),
-        ] {
-            assert_eq!(rfc3339(seconds), text);
-        }
-    }
 }

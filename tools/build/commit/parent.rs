@@ -8,7 +8,6 @@ use tokio::runtime::Handle;
 
 use super::{CommitRequest, change};
 use crate::build::Request;
-use crate::build::publish::rfc3339;
 use crate::build::reuse::Earlier;
 use crate::build::scratch::Scratch;
 use crate::chunk::{ChunkRef, Digest, Verified};
@@ -18,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::fetch::{FetchOptions, Fetcher, Image, Priority, open_image};
 use crate::index::{BLOCK, Index};
 use crate::map::Map;
-use crate::oci::{MAX_CONFIG_BYTES, Platform, Reference};
+use crate::oci::{MAX_CONFIG_BYTES, Platform, Reference, rfc3339};
 use crate::pool::{Pool, PoolOptions};
 use crate::source::{Purpose, Repository};
 
