@@ -36,17 +36,12 @@ fn only_the_index(cluster: &Cluster, name: &str, from: usize) {
     assert!(blobs.contains(&index.as_str()) && blobs.contains(&config), "{fetched:?}");
 }
 
-fn pull(cluster: &Cluster, name: &str) -> serde_json::Value {
-    let socket = cluster.socket();
-    cluster.node.json(&["pull", "--containerd", socket.to_str().unwrap(), &cluster.image(name)])
-}
-
 #[test]
 fn an_image_that_was_pulled_by_firstread_runs_and_leaves_nothing_behind() {
     let cluster = Cluster::start(&[]);
     cluster.publish("app", 12);
     let from = cluster.mark();
-    let pulled = pull(&cluster, "app:1");
+    let pulled = cluster.pull("app:1");
     let sent: u64 = cluster.fetched(from).iter().map(|(_, bytes)| bytes).sum();
     only_the_index(&cluster, "app:1", from);
     let manifest = cluster.manifest("app:1");
@@ -64,32 +59,18 @@ fn an_image_that_was_pulled_by_firstread_runs_and_leaves_nothing_behind() {
     let listed = cluster.ctr_done(&["image", "ls"]);
     assert!(listed.contains(&image), "{listed}");
     let script = "cat /name /data/3 > /tmp/copy; cat /name; echo x > /new; cat /new";
-    let run =
-        ["run", "--rm", "--net-host", "--snapshotter", "firstread", &image, &cluster.id("one"), "sh", "-c", script];
-    assert_eq!(cluster.ctr_done(&run), "app\nx\n");
+    assert_eq!(cluster.run(&image, "one", script), "app\nx\n");
     let devices = cluster.node.json(&["list"]);
     assert_eq!(devices.as_array().unwrap().len(), 1, "{devices}");
     // A second container shares the device, and sees nothing of the first.
-    let run = [
-        "run",
-        "--rm",
-        "--net-host",
-        "--snapshotter",
-        "firstread",
-        &image,
-        &cluster.id("two"),
-        "sh",
-        "-c",
-        "cat /new || echo no",
-    ];
-    assert_eq!(cluster.ctr_done(&run), "no\n");
+    assert_eq!(cluster.run(&image, "two", "cat /new || echo no"), "no\n");
     assert_eq!(cluster.node.json(&["list"]), devices);
     let listed = cluster.ctr_done(&["snapshot", "--snapshotter", "firstread", "ls"]);
     assert_eq!(listed.matches("Committed").count(), manifest["layers"].as_array().unwrap().len(), "{listed}");
     cluster.ctr_done(&["snapshot", "--snapshotter", "firstread", "usage"]);
     // Again: all is there, and nothing but the manifest is asked for.
     let from = cluster.mark();
-    pull(&cluster, "app:1");
+    cluster.pull("app:1");
     assert!(cluster.fetched(from).iter().all(|(path, _)| !path.contains("/blobs/") || path.contains(manifest["config"]["digest"].as_str().unwrap())));
     cluster.remove_all();
     cluster.nothing_remains();
@@ -132,19 +113,7 @@ fn an_image_that_ctr_pulled_whole_runs_from_what_is_there() {
     let image = cluster.image("app:1");
     cluster.ctr_done(&["image", "pull", "--plain-http", "--snapshotter", "firstread", &image]);
     cluster.registry.stop();
-    let run = [
-        "run",
-        "--rm",
-        "--net-host",
-        "--snapshotter",
-        "firstread",
-        &image,
-        &cluster.id("one"),
-        "sh",
-        "-c",
-        "cat /name /data/* > /all; cat /name",
-    ];
-    assert_eq!(cluster.ctr_done(&run), "app\n");
+    assert_eq!(cluster.run(&image, "one", "cat /name /data/* > /all; cat /name"), "app\n");
     cluster.remove_all();
     cluster.nothing_remains();
 }
@@ -155,21 +124,8 @@ fn ordinary_images_run_as_with_overlayfs() {
     cluster.publish("app", 2);
     let image = cluster.image("app:plain");
     cluster.ctr_done(&["image", "pull", "--plain-http", "--snapshotter", "firstread", &image]);
-    let run = |id: &str, script: &str| {
-        cluster.ctr_done(&[
-            "run",
-            "--net-host",
-            "--snapshotter",
-            "firstread",
-            &image,
-            &cluster.id(id),
-            "sh",
-            "-c",
-            script,
-        ])
-    };
-    assert_eq!(run("one", "cat /name; echo mine > /name"), "app\n");
-    assert_eq!(run("two", "cat /name"), "app\n");
+    assert_eq!(cluster.run(&image, "one", "cat /name; echo mine > /name"), "app\n");
+    assert_eq!(cluster.run(&image, "two", "cat /name"), "app\n");
     assert_eq!(cluster.node.json(&["list"]).as_array().unwrap().len(), 0);
     cluster.remove_all();
     cluster.nothing_remains();

@@ -19,11 +19,10 @@ const IMAGES: usize = 10;
 const CONTAINERS: usize = 50;
 
 fn publish_and_pull(cluster: &Cluster) -> Vec<String> {
-    let socket = cluster.socket();
     let names: Vec<String> = (0..IMAGES).map(|number| format!("app{number}")).collect();
     for name in &names {
         cluster.publish(name, 2);
-        cluster.node.done(&["pull", "--containerd", socket.to_str().unwrap(), &cluster.image(&format!("{name}:1"))]);
+        cluster.pull(&format!("{name}:1"));
     }
     names
 }
@@ -32,10 +31,9 @@ fn publish_and_pull(cluster: &Cluster) -> Vec<String> {
 fn start(cluster: &Cluster, names: &[String], round: &str) -> Vec<(String, Child)> {
     let one = |number: usize| {
         let name = &names[number % IMAGES];
-        let (image, id) = (cluster.image(&format!("{name}:1")), cluster.id(&format!("{round}-{number}")));
-        let script = "cat /data/* > /dev/null && cat /name";
-        let run = ["run", "--rm", "--net-host", "--snapshotter", "firstread", &image, &id, "sh", "-c", script];
-        let child = cluster.ctr_command(&run).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (image, id) = (cluster.image(&format!("{name}:1")), format!("{round}-{number}"));
+        let mut run = cluster.container(&image, &id, "cat /data/* > /dev/null && cat /name", &[]);
+        let child = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         (name.clone(), child)
     };
     (0..CONTAINERS).map(one).collect()

@@ -18,11 +18,8 @@ use program::wait_until;
 use snapshotter::Mounted;
 use tonic::Code;
 
-const RUN: [&str; 5] = ["run", "--rm", "--net-host", "--snapshotter", "firstread"];
-
 fn pull(cluster: &Cluster, name: &str) -> String {
-    let socket = cluster.socket();
-    cluster.node.done(&["pull", "--containerd", socket.to_str().unwrap(), &cluster.image(name)]);
+    cluster.pull(name);
     cluster.image(name)
 }
 
@@ -37,12 +34,10 @@ impl Reader {
     fn start(cluster: &Cluster, image: &str, id: &str) -> Self {
         let dir = cluster.node.mount_point("rounds");
         let mount = format!("type=bind,src={},dst=/rounds,options=rbind:rw", dir.display());
-        let id = &cluster.id(id);
         let script = format!("cd /data; while :; do cat * > /dev/null && cat /name >> /rounds/{id}; done");
-        let mut arguments = RUN.to_vec();
-        arguments.extend(["--mount", &mount, image, id, "sh", "-c", &script]);
-        let child = cluster.ctr_command(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let reader = Self { child, rounds: dir.join(id), id: id.to_owned() };
+        let mut run = cluster.container(image, id, &script, &["--mount", &mount]);
+        let child = run.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let reader = Self { child, rounds: dir.join(id), id: cluster.id(id) };
         wait_until("the container reads", || reader.rounds() > 0);
         reader
     }
@@ -67,10 +62,7 @@ impl Reader {
 }
 
 fn name_of(cluster: &Cluster, image: &str, id: &str) -> String {
-    let id = cluster.id(id);
-    let mut arguments = RUN.to_vec();
-    arguments.extend([image, &id, "sh", "-c", "cat /name"]);
-    cluster.ctr_done(&arguments)
+    cluster.run(image, id, "cat /name")
 }
 
 #[test]
@@ -83,13 +75,10 @@ fn the_snapshotter_and_containerd_are_killed_in_any_order_and_no_reader_notices(
 
     cluster.snapshotter.kill("-KILL");
     reader.goes_on();
-    let mut arguments = RUN.to_vec();
-    let early = cluster.id("early");
-    arguments.extend([image.as_str(), &early, "sh", "-c", "cat /name"]);
-    let refused = cluster.ctr(&arguments);
+    let refused = cluster.container(&image, "early", "cat /name", &[]).output().unwrap();
     assert!(!refused.status.success(), "a container starts without a snapshotter");
     cluster.resume_snapshotter();
-    let _ = cluster.ctr(&["container", "rm", &early]);
+    let _ = cluster.ctr(&["container", "rm", &cluster.id("early")]);
     assert_eq!(name_of(&cluster, &image, "early"), "app\n");
 
     cluster.kill_containerd("-KILL");
@@ -185,10 +174,7 @@ fn a_damaged_record_hurts_one_image_and_is_mended_by_a_pull() {
         cluster.ctr(&["snapshot", "--snapshotter", "firstread", "ls"]).status.success()
     });
     assert_eq!(name_of(&cluster, &other, "one"), "other\n");
-    let mut arguments = RUN.to_vec();
-    let two = cluster.id("two");
-    arguments.extend([image.as_str(), &two, "sh", "-c", "cat /name"]);
-    assert!(!cluster.ctr(&arguments).status.success());
+    assert!(!cluster.container(&image, "two", "cat /name", &[]).output().unwrap().status.success());
     cluster.ctr_done(&["container", "rm", &made]);
     let socket = cluster.socket();
     cluster.node.done(&["pull", "--repair", "--containerd", socket.to_str().unwrap(), &image]);
@@ -251,10 +237,7 @@ fn a_runtime_s_snapshotter_gives_block_devices_without_a_label() {
     let cluster = Cluster::start(&["--mounts", "block"]);
     cluster.publish("app", 2);
     let image = pull(&cluster, "app:1");
-    let mut arguments = RUN.to_vec();
-    let one = cluster.id("one");
-    arguments.extend([image.as_str(), &one, "sh", "-c", "echo x > /new; cat /new /name; cat /proc/mounts"]);
-    let printed = cluster.ctr_done(&arguments);
+    let printed = cluster.run(&image, "one", "echo x > /new; cat /new /name; cat /proc/mounts");
     assert!(printed.starts_with("x\napp\n/dev/"), "{printed}");
     assert!(printed.lines().nth(2).unwrap().contains(" / ext4 rw"), "{printed}");
     cluster.remove_all();
@@ -266,16 +249,12 @@ fn what_was_read_once_starts_with_the_registry_gone() {
     let mut cluster = Cluster::start(&[]);
     cluster.publish("app", 2);
     let image = pull(&cluster, "app:1");
-    let mut arguments = RUN.to_vec();
-    let one = cluster.id("one");
-    arguments.extend([image.as_str(), &one, "sh", "-c", "cat /name /data/* > /all"]);
-    cluster.ctr_done(&arguments);
+    let read = "cat /name /data/* > /all";
+    cluster.run(&image, "one", read);
     // All was read; a restart of everything needs no registry.
     cluster.registry.stop();
     cluster.snapshotter.kill("-KILL");
     cluster.node.done(&["stop", "--force"]);
     cluster.resume_snapshotter();
-    let two = cluster.id("two");
-    arguments[6] = &two;
-    cluster.ctr_done(&arguments);
+    cluster.run(&image, "two", read);
 }

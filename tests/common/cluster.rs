@@ -140,13 +140,42 @@ conf_dir = "{at}/cni"
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// `ctr run` of a script in a container of `image`, with more options; the container is removed afterwards. Not started yet.
+    pub fn container(&self, image: &str, id: &str, script: &str, options: &[&str]) -> Command {
+        let mut command = self.ctr_command(&["run", "--rm", "--net-host", "--snapshotter", "firstread"]);
+        command.args(options).args([image, &self.id(id), "sh", "-c", script]);
+        command
+    }
+
+    /// Runs a script in a container of `image`, which must succeed; what it printed.
+    pub fn run(&self, image: &str, id: &str, script: &str) -> String {
+        let output = self.container(image, id, script, &[]).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{id}, {script}: {stderr}\nsnapshotter: {}", self.snapshotter.log());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Starts a container that stays, with a script that makes `/done` when it has done its work; returns when it has.
+    pub fn run_until_done(&self, image: &str, id: &str, script: &str) {
+        let (id, script) = (self.id(id), format!("{script}; touch /done; exec sleep 100000"));
+        self.ctr_done(&["run", "-d", "--net-host", "--snapshotter", "firstread", image, &id, "sh", "-c", &script]);
+        let looks = ["task", "exec", "--exec-id", "look", &id, "cat", "/done"];
+        wait_until("the container has done its work", || self.ctr(&looks).status.success());
+    }
+
+    /// Pulls an image by `firstread pull`; its answer.
+    pub fn pull(&self, name: &str) -> Value {
+        let socket = self.socket();
+        self.node.json(&["pull", "--containerd", socket.to_str().unwrap(), &self.image(name)])
+    }
+
     /// A name in the registry.
     pub fn image(&self, name: &str) -> String {
         format!("{}/{name}", self.registry.host())
     }
 
     /// Pushes an ordinary image `NAME:plain` (and `plain:1` when it is the first), and what `firstread build` makes of it,
-    /// `NAME:1`. It has a shell, `cat` and `sleep`, `/data/N` of 700 000 random bytes each, and `/name`.
+    /// `NAME:1`. It has a shell, `cat`, `rm`, `sleep` and `touch`, `/data/N` of 700 000 random bytes each, and `/name`.
     pub fn publish(&self, name: &str, files: usize) {
         let layout = ordinary(self.node.path(), name, files);
         for tag in [format!("{name}:plain"), "plain:1".to_owned()] {
@@ -281,10 +310,10 @@ fn ordinary(dir: &Path, name: &str, files: usize) -> PathBuf {
         fs::create_dir_all(tree.join(part)).unwrap();
     }
     let mut libraries = BTreeSet::new();
-    for (program, path) in [("sh", "/bin/dash"), ("cat", "/bin/cat"), ("sleep", "/bin/sleep"), ("touch", "/bin/touch")]
-    {
-        fs::copy(path, tree.join("bin").join(program)).unwrap();
-        let linked = Command::new("ldd").arg(path).output().unwrap();
+    let programs = [("sh", "dash"), ("cat", "cat"), ("rm", "rm"), ("sleep", "sleep"), ("touch", "touch")];
+    for (program, path) in programs.map(|(program, name)| (program, format!("/bin/{name}"))) {
+        fs::copy(&path, tree.join("bin").join(program)).unwrap();
+        let linked = Command::new("ldd").arg(&path).output().unwrap();
         let text = String::from_utf8(linked.stdout).unwrap();
         libraries.extend(text.split_whitespace().filter(|word| word.starts_with('/')).map(str::to_owned));
     }
