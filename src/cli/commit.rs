@@ -14,12 +14,14 @@ use super::options::{AccessOptions, Context, absolute};
 use crate::daemon::client::Client;
 use crate::daemon::control::{Call, DeviceInfo, Kind, Problem, Snapshotted, SourceAccess};
 use crate::device::upper;
+use crate::snapshot;
 
 /// Arguments of `commit`.
 #[derive(Debug, Args)]
 pub struct Commit {
-    /// A writable device (id, device path or mountpoint), or the directory of an upper
-    #[arg(value_name = "ID|DIR")]
+    /// A writable device (id, device path or mountpoint), the directory of an upper, or a container with a block device
+    /// of its own (its name in containerd, or the key of its snapshot)
+    #[arg(value_name = "ID|DIR|CONTAINER")]
     target: String,
     /// HOST/REPO[:TAG], oci:DIR[:TAG] or oci-archive:FILE[:TAG]
     #[arg(value_name = "DEST")]
@@ -152,7 +154,10 @@ pub fn finish(written: Written, status: ExitStatus) -> Outcome {
 /// There is neither, or what the system says.
 pub fn written(target: &str, context: &Context) -> Outcome<Written> {
     let mut client = connect(context)?;
-    let dir = absolute(std::path::Path::new(target))?;
+    let dir = match container(target, &context.config.root)? {
+        Some(upper) => upper,
+        None => absolute(std::path::Path::new(target))?,
+    };
     if let Some(open) = &mut client
         && let Some(device) = find(open, target, &dir)?
     {
@@ -163,8 +168,9 @@ pub fn written(target: &str, context: &Context) -> Outcome<Written> {
         return Ok(of(snapshotted, frozen, client));
     }
     if upper::describe(&dir)?.is_none() {
-        let message = format!("there is no device {target}, and no upper in {}", dir.display());
-        return Err(Problem::new(Kind::NotFound, message).hint("`firstread list` shows the devices"));
+        let message = format!("there is no device {target}, no container with one, and no upper in {}", dir.display());
+        let hint = "`firstread list` shows the devices; a container on an overlay (runc) is committed by its client";
+        return Err(Problem::new(Kind::NotFound, message).hint(hint));
     }
     if let Some(open) = &mut client {
         match open.call::<Snapshotted>(Call::Snapshot { target: dir.display().to_string() }) {
@@ -174,6 +180,19 @@ pub fn written(target: &str, context: &Context) -> Outcome<Written> {
         }
     }
     Ok(Written { dir, access: None, frozen: false, client: None })
+}
+
+/// Where the container with this name writes, if it is one with a block device of its own.
+fn container(name: &str, root: &std::path::Path) -> Outcome<Option<PathBuf>> {
+    let mut found = snapshot::uppers(&absolute(root)?, name);
+    match found.len() {
+        0 | 1 => Ok(found.pop().map(|(_, upper)| upper)),
+        _ => {
+            let keys: Vec<String> = found.into_iter().map(|(key, _)| key).collect();
+            let message = format!("several containers are called {name}: {}", keys.join(", "));
+            Err(Problem::new(Kind::Usage, message).hint("give the key of one"))
+        }
+    }
 }
 
 fn of(snapshotted: Snapshotted, frozen: bool, client: Option<Client>) -> Written {

@@ -22,6 +22,6 @@ mod usage;
 pub mod wire;
 
 pub use lazy::Daemon;
-pub use record::damaged;
+pub use record::{damaged, uppers};
 pub use server::{bind, serve};
 pub use service::{MountKind, Options, Snapshotter};

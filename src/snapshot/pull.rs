@@ -1,4 +1,5 @@
-//! Pulling a firstread image into containerd: its manifest, its configuration and its index, and nothing else.
+//! Pulling a firstread image into containerd: its manifest, its configuration and its index, and of its layers nothing else but
+//! those that a container's commit put on top.
 //!
 //! For clients that can't: `ctr` of containerd 1.x downloads every layer before it asks a snapshotter. What is done here is
 //! what containerd's own client does when it unpacks while it pulls, by the same calls.
@@ -146,7 +147,12 @@ impl Puller<'_> {
             self.places.ask(|place| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await }).await?;
         self.received += config.len() as u64;
         self.write(&digest, Bytes::from(config.clone()), self.source()).await?;
-        self.fetch_index(&layers).await?;
+        if layers.index.bytes > INDEX_LAYER_MAX {
+            return Err(Error::invalid("index", format!("its layer has {} bytes", layers.index.bytes)).into());
+        }
+        for layer in manifest.layers().iter().filter(|layer| !is_pack(layer)) {
+            self.fetch(layer).await?;
+        }
         let top_chain = self.unpack(&manifest, &config).await?;
         let label = format!("containerd.io/gc.ref.snapshot.{}", self.pull.snapshotter);
         self.relabel(&digest, [(label, top_chain)].into()).await?;
@@ -171,15 +177,11 @@ impl Puller<'_> {
         self.write(&document.digest, Bytes::from(document.bytes.clone()), labels).await
     }
 
-    async fn fetch_index(&mut self, layers: &Layers) -> Result<(), Problem> {
-        let layer = &layers.index;
-        if layer.bytes > INDEX_LAYER_MAX {
-            return Err(Error::invalid("index", format!("its layer has {} bytes", layer.bytes)).into());
+    async fn fetch(&mut self, layer: &Descriptor) -> Result<(), Problem> {
+        let (digest, bytes) = (descriptor_digest(layer)?, layer.size());
+        if self.has(&digest).await? {
+            return self.relabel(&digest, self.source()).await;
         }
-        if self.has(&layer.digest).await? {
-            return self.relabel(&layer.digest, self.source()).await;
-        }
-        let (digest, bytes) = (layer.digest, layer.bytes);
         let body = self.places.ask(|place| async move { place.blob(&digest, bytes).await }).await?;
         let broken = Arc::new(Mutex::new(None));
         let request = WriteRequest {
@@ -298,7 +300,6 @@ impl Puller<'_> {
         let snapshotter = self.pull.snapshotter.clone();
         let annotations = layer.annotations().clone().unwrap_or_default();
         let mut labels: Labels = annotations.into_iter().filter(|(name, _)| name.starts_with(INHERITED)).collect();
-        let role = labels.get(annotation::ROLE).cloned().unwrap_or_default();
         labels.insert(REF.to_owned(), chain.to_owned());
         labels.insert(REFERENCE.to_owned(), name_of(&self.pull.reference));
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
@@ -312,9 +313,9 @@ impl Puller<'_> {
             Err(status) if status.code() == Code::AlreadyExists => return Ok(()),
             Err(status) => return Err(refused(status)),
         };
-        let applied = match role.as_str() {
-            annotation::ROLE_INDEX => self.apply(layer, mounts, diff).await,
-            _ => {
+        let applied = match is_pack(layer) {
+            false => self.apply(layer, mounts, diff).await,
+            true => {
                 let message =
                     format!("containerd's snapshotter {snapshotter:?} wants the packs: it is not firstread's");
                 Err(Problem::new(Kind::Failed, message)
@@ -338,7 +339,7 @@ impl Puller<'_> {
         let answer: diff::ApplyResponse = self.api.call(diff::SERVICE, "Apply", request).await.map_err(refused)?;
         let applied = answer.applied.unwrap_or_default().digest;
         if applied != diff {
-            let reason = format!("its index unpacks to {applied}, not to {diff}");
+            let reason = format!("its layer {} unpacks to {applied}, not to {diff}", layer.digest());
             return Err(Error::invalid("firstread image", reason).into());
         }
         Ok(())
@@ -377,6 +378,12 @@ impl Puller<'_> {
     {
         self.api.call(snapshots::SERVICE, method, request).await
     }
+}
+
+/// Whether the snapshotter takes the layer as it is, instead of its bytes. Layers of other roles than these are refused before.
+fn is_pack(layer: &Descriptor) -> bool {
+    let role = layer.annotations().as_ref().and_then(|annotations| annotations.get(annotation::ROLE));
+    role.is_some_and(|role| role != annotation::ROLE_INDEX)
 }
 
 fn name_of(reference: &RegistryReference) -> String {

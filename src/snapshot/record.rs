@@ -261,15 +261,32 @@ impl State {
 /// reason. Looks only; a snapshotter may be at work meanwhile.
 #[must_use]
 pub fn damaged(root: &Path) -> Vec<(PathBuf, String)> {
-    let states = fs::read_dir(root.join("snapshotter")).into_iter().flatten().flatten();
-    let dirs = states.flat_map(|state| fs::read_dir(state.path().join("snapshots")).into_iter().flatten().flatten());
-    let records = dirs.filter_map(|entry| {
-        let dir = entry.path();
+    let records = dirs(root).filter_map(|dir| {
         let reason = read(&dir.join("record")).err()?;
         // It may have been removed in this moment.
         dir.exists().then_some((dir, reason))
     });
     records.collect()
+}
+
+/// The snapshots called `name` that write to a block device of their own, of all snapshotters of the root directory `root`: key and
+/// directory of the upper. A container's snapshot is called `NAMESPACE/NUMBER/CONTAINER`, and the container alone will do.
+#[must_use]
+pub fn uppers(root: &Path, name: &str) -> Vec<(String, PathBuf)> {
+    let is_it = |key: &str| key == name || key.splitn(3, '/').nth(2) == Some(name);
+    let found = dirs(root).filter_map(|dir| {
+        let upper = dir.join("upper");
+        let snapshot = read(&dir.join("record")).ok().filter(|snapshot| is_it(&snapshot.key))?;
+        upper.is_dir().then_some((snapshot.key, upper))
+    });
+    found.collect()
+}
+
+/// The directories of all snapshots of all snapshotters.
+fn dirs(root: &Path) -> impl Iterator<Item = PathBuf> {
+    let states = fs::read_dir(root.join("snapshotter")).into_iter().flatten().flatten();
+    let entries = states.flat_map(|state| fs::read_dir(state.path().join("snapshots")).into_iter().flatten().flatten());
+    entries.map(|entry| entry.path())
 }
 
 /// What to do with directories in `new/`.
