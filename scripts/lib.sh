@@ -286,12 +286,12 @@ stop_containerd() {
     stop_pid "$CONTAINERD_PID"
 }
 
-# start_snapshotter: the one of the node in use, for the containerd that runs. Sets $SNAPSHOTTER_PID; stopped at exit.
+# start_snapshotter ARG…: the one of the node in use, for the containerd that runs. Sets $SNAPSHOTTER_PID; stopped at exit.
 start_snapshotter() {
     local run=()
     [ -z "${NODE:-}" ] || run=(nsenter "--net=/run/netns/$NODE" --)
     setsid "${run[@]}" "$FIRSTREAD" --root "$FR_DIR/root" --run "$FR_DIR/run" snapshotter --plain-http \
-        --listen "$WORK/snapshotter.sock" --containerd "$WORK/containerd/sock" >>"$LOGS/snapshotter.log" 2>&1 &
+        --listen "$WORK/snapshotter.sock" --containerd "$WORK/containerd/sock" "$@" >>"$LOGS/snapshotter.log" 2>&1 &
     SNAPSHOTTER_PID=$!
     defer stop_pid "$SNAPSHOTTER_PID"
     # containerd waits between its tries to reach it; a list of nothing would not ask it at all.

@@ -11,40 +11,11 @@ need_root
 need_tools docker-registry skopeo qemu-system-x86_64 cpio xz jq sha256sum
 [ -x "$FIRSTREAD" ] || die "$FIRSTREAD is missing: cargo build"
 begin microvm
-CACHE=${FIRSTREAD_CACHE:-/var/cache/firstread-test}
-
-# --- Debian's kernel and busybox, as packages: nothing of them is installed ------------------------------------------
-
-# debian_kernel: sets $KERNEL to a directory with vmlinuz, virtio_blk.ko and busybox.
-debian_kernel() {
-    local meta=linux-image-6.12-cloud-amd64 package dir deb
-    apt-cache show "$meta" >/dev/null 2>&1 || meta="linux-image-cloud-amd64"
-    package=$(apt-cache depends "$meta" | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p' | head -n 1)
-    [ -n "$package" ] || die "no kernel package is known: apt-get update"
-    KERNEL=$CACHE/$package
-    [ ! -e "$KERNEL/vmlinuz" ] || return 0
-    dir=$(mktemp -d "$WORK/kernel-XXXXXX")
-    chmod 777 "$dir"
-    (cd "$dir" && apt-get -qq download "$package" busybox-static) >"$LOGS/apt.log" 2>&1 || die "apt-get download: $(tail -n 1 "$LOGS/apt.log")"
-    for deb in "$dir"/*.deb; do dpkg -x "$deb" "$dir/root"; done
-    mkdir "$dir/out"
-    cp "$dir"/root/boot/vmlinuz-* "$dir/out/vmlinuz"
-    cp "$dir/root/bin/busybox" "$dir/out/busybox"
-    find "$dir/root/lib/modules" -name 'virtio_blk.ko.xz' -exec xz -dc {} \; >"$dir/out/virtio_blk.ko"
-    [ -s "$dir/out/virtio_blk.ko" ] || find "$dir/root/lib/modules" -name 'virtio_blk.ko' -exec cp {} "$dir/out/virtio_blk.ko" \;
-    [ -s "$dir/out/virtio_blk.ko" ] || die "$package has no virtio_blk"
-    mkdir -p "$CACHE"
-    rm -rf "$KERNEL"
-    mv "$dir/out" "$KERNEL"
-}
+# shellcheck source=common/qemu.sh
+. "$REPO/tests/common/qemu.sh"
 
 # The initramfs mounts the disk, read-only as a VM without a writable disk does, or writable, and hands over.
 make_initramfs() { # OPTIONS-OF-THE-MOUNT COMMAND: what the machine runs in the image
-    local dir=$WORK/initramfs
-    rm -rf "$dir"
-    mkdir -p "$dir/bin" "$dir/lower" "$dir/proc" "$dir/sys" "$dir/dev"
-    cp "$KERNEL/busybox" "$dir/bin/busybox"
-    cp "$KERNEL/virtio_blk.ko" "$dir/"
     {
         cat <<'INIT'
 #!/bin/busybox sh
@@ -65,9 +36,13 @@ $busybox mount --move /sys /lower/sys
 $busybox mount --move /dev /lower/dev
 INIT
         printf 'exec %s chroot /lower /bin/sh -c %q\n' '$busybox' "$2"
-    } >"$dir/init"
-    chmod 755 "$dir/init"
-    (cd "$dir" && find . | cpio --quiet -o -H newc) >"$WORK/initramfs.cpio"
+    } >"$WORK/init"
+    pack_initramfs "$WORK/init"
+}
+# A machine with $WORK/disk.sock as its disk.
+start_machine() { # LOG
+    start_qemu "$1" -object memory-backend-memfd,id=mem,size=1024M,share=on -numa node,memdev=mem \
+        -chardev "socket,id=disk,path=$WORK/disk.sock,reconnect=1" -device vhost-user-blk-pci,chardev=disk,num-queues=2
 }
 
 # --- the image -----------------------------------------------------------------------------------------------------
@@ -91,29 +66,7 @@ start_export() {
 }
 # What the registry has sent of blobs so far, in bytes.
 sent() { sed -n 's/.*method=GET.*\/blobs\/.*http.response.written=\([0-9]*\).*/\1/p' "$REGISTRY_LOG" | awk '{sum += $1} END {print sum + 0}'; }
-# Waits until a machine's console has a line that begins so. Lines of the console end with CR LF.
-console() { # SECONDS PATTERN LOG PID
-    local end=$((SECONDS + $1))
-    until grep -aqs "^$2" "$3"; do
-        alive "$4" || { tail -n 15 "$3" >&2; die "the machine ended before '$2'"; }
-        [ "$SECONDS" -lt "$end" ] || { tail -n 15 "$3" >&2; die "no '$2' within $1 s"; }
-        sleep 0.1
-    done
-}
-
 # --- QEMU ----------------------------------------------------------------------------------------------------------
-
-# start_qemu LOG: a machine with $WORK/disk.sock as its disk; $qemu is its process.
-start_qemu() {
-    setsid qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 -nographic -nodefaults -serial stdio -no-reboot \
-        -object memory-backend-memfd,id=mem,size=1024M,share=on -numa node,memdev=mem \
-        -chardev "socket,id=disk,path=$WORK/disk.sock,reconnect=1" -device vhost-user-blk-pci,chardev=disk,num-queues=2 \
-        -kernel "$KERNEL/vmlinuz" -initrd "$WORK/initramfs.cpio" \
-        -append "console=ttyS0 panic=-1 quiet no_timer_check mitigations=off nokaslr no5lvl tsc=reliable rdinit=/init" \
-        </dev/null >"$1" 2>&1 &
-    qemu=$!
-    defer stop_pid "$qemu"
-}
 
 # The service answers a request of its own, reads files while the server is killed, and proves what it read.
 cat >"$WORK/service.py" <<'PY'
@@ -145,7 +98,7 @@ use_node qemu
 make_initramfs ro,noload "cd / && python3 -c \"import base64; exec(base64.b64decode('$code'))\"; sleep 1000"
 start_export "$WORK/disk.sock"
 before=$(sent) start=$(now)
-start_qemu "$LOGS/qemu.log"
+start_machine "$LOGS/qemu.log"
 console 240 'ready http' "$LOGS/qemu.log" "$qemu"
 echo "QEMU: a service of the image is ready $(since "$start") s after the machine's start; $(mb $(($(sent) - before))) of $(mb "$stored") MB fetched"
 grep -aq "disk serial $(fr inspect "$REGISTRY/demo:packed" --json | jq -r '.digest[7:27]') ro 1 queues 2" "$LOGS/qemu.log" ||
@@ -194,7 +147,7 @@ code=$(base64 -w0 "$WORK/writer.py")
 make_initramfs rw,noatime "cd / && python3 -c \"import base64; exec(base64.b64decode('$code'))\" && mount -o remount,ro / && echo over; sleep 1000"
 writable=(--upper "$WORK/upper" --size 3G)
 start_export "$WORK/disk.sock" "${writable[@]}"
-start_qemu "$LOGS/qemu-writes.log"
+start_machine "$LOGS/qemu-writes.log"
 console 240 'written 0' "$LOGS/qemu-writes.log" "$qemu"
 room=$(tr -d '\r' <"$LOGS/qemu-writes.log" | sed -n 's/^room //p')
 [ "$room" -gt 2800 ] || die "a disk of 3 GiB has a file system of $room MiB"
