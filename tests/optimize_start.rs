@@ -176,6 +176,65 @@ fn a_profile_of_another_version_applies_by_path_and_shares_most_chunks() {
     assert!(streamed[1] * 10 <= streamed[0] * 4, "{streamed:?}");
 }
 
+/// What the second of two starts streams on a node that has nothing but the first one's chunks.
+fn streamed_after(first: &str, second: &str, expected: &[u8]) -> u64 {
+    let node = Node::new();
+    let dir = node.mount_point("mnt");
+    let mut streamed = 0;
+    for image in [first, second] {
+        node.done(&["mount", image, dir.to_str().unwrap()]);
+        assert!(start(&dir) == expected, "{image}");
+        let status = || node.json(&["status", dir.to_str().unwrap()]);
+        wait_until("the stream has ended", || status()["startup"]["streaming"] == false);
+        streamed = status()["startup"]["planned_bytes"].as_u64().unwrap();
+        umount(&node, &dir);
+    }
+    streamed
+}
+
+#[test]
+fn hot_chunks_of_an_earlier_image_are_kept_when_a_start_differs_a_little() {
+    let registry = Registry::start();
+    let node = Node::new();
+    let source = tree(node.path(), 1);
+    let expected = start(&source);
+    let names = ["plain", "first", "alone", "kept", "again"];
+    let [plain, first, alone, kept, again] = names.map(|name| image(&registry, &format!("app:{name}")));
+    build(&node, &source, &plain, &[]);
+    let profiles = [node.path().join("a"), node.path().join("b")];
+    for (number, profile) in profiles.iter().enumerate() {
+        cold_start(&plain, &expected, |node, dir| {
+            for file in [80, 120, 240].iter().take(number * 3) {
+                use std::os::unix::fs::FileExt;
+                let file = fs::File::open(dir.join(format!("usr/lib/d{}/f{file}", file % 20))).unwrap();
+                file.read_exact_at(&mut [0], 720_000).unwrap();
+            }
+            node.done(&["profile", dir.to_str().unwrap(), "-o", profile.to_str().unwrap()]);
+        });
+    }
+    let [a, b] = profiles;
+    optimize(&node, &plain, &first, &a);
+    optimize(&node, &plain, &alone, &b);
+    let reusing = |to: &str, earlier: &str| {
+        let profile = b.to_str().unwrap();
+        node.json(&["--quiet", "optimize", &plain, to, "--profile", profile, "--reuse", earlier])
+    };
+    let optimized = reusing(&kept, &first);
+    assert!(optimized["startup"]["kept_chunks"].as_u64() >= Some(3), "{optimized}");
+    let without = streamed_after(&first, &alone, &expected);
+    let with = streamed_after(&first, &kept, &expected);
+    assert!(with > 0 && with * 2 < without, "{with} of {without}");
+    // The next version learns all shapes from it.
+    assert_eq!(reusing(&again, &kept)["startup"]["chunks"], optimized["startup"]["chunks"]);
+    assert_eq!(streamed_after(&kept, &again, &expected), 0);
+    cold_start(&kept, &expected, |node, dir| {
+        program::same_files(&source, dir);
+        umount(node, dir);
+        node.done(&["verify", &kept]);
+        node.done(&["mount", &kept, dir.to_str().unwrap()]);
+    });
+}
+
 #[test]
 fn what_can_not_be_optimized_is_refused() {
     let node = Node::new();

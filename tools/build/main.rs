@@ -48,6 +48,10 @@ struct OptimizeArgs {
     /// What a start reads, as `firstread profile` wrote it.
     #[arg(long, value_name = "FILE")]
     profile: PathBuf,
+    /// An earlier version that has a start-up pack: hot chunks are formed as it has them, so that nodes that ran it fetch
+    /// only what is new. May be given several times.
+    #[arg(long, value_name = "REF")]
+    reuse: Vec<Reference>,
     /// zstd level of the start-up pack.
     #[arg(long, default_value_t = 19, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
@@ -243,6 +247,7 @@ fn run_optimize(args: OptimizeArgs) -> anyhow::Result<()> {
     let config = common.settings()?;
     let mut request = OptimizeRequest::new(args.source, args.destination, profile(&args.profile)?);
     request.level = args.level;
+    request.reuse = args.reuse;
     request.platform = args.platform.unwrap_or(request.platform);
     request.temp = common.temp.clone();
     request.access.plain_http = common.plain_http || config.plain_http;

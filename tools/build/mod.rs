@@ -306,6 +306,7 @@ fn add_startup(
     let made = optimize(
         &OptimizeRequest {
             platform,
+            reuse: request.reuse.clone(),
             temp: request.temp.clone(),
             access: request.access.clone(),
             workers: request.workers,

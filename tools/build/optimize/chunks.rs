@@ -37,7 +37,7 @@ pub(super) fn form(
         let plain_len = index.chunk(number).map_or(0, |chunk| chunk.plain_len);
         let content = read(number)?;
         let plain = content.bytes();
-        if Hot::is_whole(chunk, plain_len) && plain_len <= CHUNK_SIZE {
+        if chunk.kept.is_empty() && Hot::is_whole(chunk, plain_len) && plain_len <= CHUNK_SIZE {
             formed.submit(pipeline, &[plain])?;
             continue;
         }
@@ -51,6 +51,14 @@ pub(super) fn form(
             let end = plain.len().min(offset as usize + BLOCK as usize);
             plain.get(offset as usize..end).unwrap_or_default()
         };
+        for shape in &chunk.kept {
+            let blocks: Vec<&[u8]> = shape.iter().map(|offset| block(*offset)).collect();
+            let job = formed.submit(pipeline, &blocks)?;
+            for (position, offset) in shape.iter().enumerate() {
+                formed.places.insert((number, *offset), (job, position as u32 * BLOCK));
+            }
+        }
+        offsets.retain(|offset| !formed.places.contains_key(&(number, *offset)));
         for group in offsets.chunks(CHUNK_BLOCKS - 1) {
             let mut blocks: Vec<&[u8]> = group.iter().map(|offset| block(*offset)).collect();
             if blocks.iter().all(|block| is_zero(block)) {

@@ -29,6 +29,9 @@ pub(super) struct HotChunk {
     pub rank: u64,
     /// First bytes of its hot blocks. All of it, for metadata.
     pub offsets: Vec<u32>,
+    /// Hot chunks that earlier images have of it, each as the first bytes of its blocks in order. What is in none of them
+    /// gets a chunk of its own.
+    pub kept: Vec<Vec<u32>>,
 }
 
 struct Finder<'a> {
@@ -70,7 +73,7 @@ pub(super) fn find(profile: &Profile, index: &Index, names: Option<&Names>) -> R
     for (place, chunk) in hot.metadata.iter().enumerate() {
         // What nobody needed comes behind everything else.
         let rank = early.get(chunk).copied().unwrap_or(u64::MAX - hot.metadata.len() as u64 + place as u64);
-        hot.chunks.insert(*chunk, HotChunk { rank, offsets: Vec::new() });
+        hot.chunks.insert(*chunk, HotChunk { rank, ..HotChunk::default() });
     }
     for (block, (chunk, _)) in &hot.blocks {
         debug_assert!(hot.chunks.contains_key(chunk), "block {block}");

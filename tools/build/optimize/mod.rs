@@ -4,6 +4,7 @@
 mod chunks;
 mod hot;
 mod image;
+mod kept;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::time::Instant;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
+use self::kept::Earlier;
 use super::pack::{Item, Written, small_layer, write_pack};
 use super::pipeline::{Pipeline, Place, Reusable, Settings, Store};
 use super::progress::{Event, Progress};
@@ -40,6 +42,9 @@ pub struct OptimizeRequest {
     pub destination: Reference,
     /// What its start reads.
     pub profile: Profile,
+    /// Earlier images with start-up packs, whose hot chunks are kept as far as they are needed: a node that has them does
+    /// not fetch them again.
+    pub reuse: Vec<Reference>,
     /// zstd's compression level for the start-up pack.
     pub level: i32,
     /// Of an image for several platforms, the one whose start it is; the others stay as they are.
@@ -60,6 +65,7 @@ impl OptimizeRequest {
             source,
             destination,
             profile,
+            reuse: Vec::new(),
             level: 19,
             platform: Platform::host(),
             temp: std::env::temp_dir(),
@@ -80,6 +86,8 @@ pub struct StartupReport {
     pub chunks: u64,
     /// Of the chunks, those of metadata.
     pub metadata_chunks: u64,
+    /// Of the chunks, those that earlier images have.
+    pub kept_chunks: u64,
     /// Start-up extents.
     pub extents: u64,
     /// Blocks of files that the profile names and the image has.
@@ -104,7 +112,7 @@ struct Optimized {
 /// Adds a start-up pack to an image, or replaces the one that it has.
 ///
 /// # Errors
-/// An image that can't be read or is none of firstread's, a profile that can't be applied to it, what the destination
+/// An image (also one of `reuse`) that can't be read or is none of firstread's, a profile that can't be applied to it, what the destination
 /// refuses. Nothing is named at the destination before all of it is there.
 pub fn optimize(request: &OptimizeRequest, progress: &Arc<dyn Progress>) -> Result<Report> {
     let started = Instant::now();
@@ -117,8 +125,14 @@ pub fn optimize(request: &OptimizeRequest, progress: &Arc<dyn Progress>) -> Resu
         &request.platform,
         &scratch.path().join("cache"),
     ))?;
+    let mut earlier = Earlier::default();
+    for reference in &request.reuse {
+        let cache = scratch.path().join("cache");
+        let opened = handle.block_on(open_image(reference, &request.access, &request.platform, &cache))?;
+        earlier.add(&opened.index);
+    }
     let contents = Contents::open(image, &scratch.path().join("pool"), handle)?;
-    let optimized = pack(request, &contents, progress)?;
+    let optimized = pack(request, &contents, &earlier, progress)?;
     let digest = image::publish(request, &contents.image, &optimized, &**progress, handle)?;
     let index = Index::from_bytes(optimized.index.clone())?;
     let stored = |role: Role| {
@@ -146,9 +160,15 @@ pub fn optimize(request: &OptimizeRequest, progress: &Arc<dyn Progress>) -> Resu
 }
 
 /// Forms, compresses and writes the start-up pack, and makes the index.
-fn pack(request: &OptimizeRequest, contents: &Contents<'_>, progress: &Arc<dyn Progress>) -> Result<Optimized> {
+fn pack(
+    request: &OptimizeRequest,
+    contents: &Contents<'_>,
+    earlier: &Earlier,
+    progress: &Arc<dyn Progress>,
+) -> Result<Optimized> {
     let old = &contents.image.index;
-    let hot = hot::find(&request.profile, old, contents.names.as_ref())?;
+    let mut hot = hot::find(&request.profile, old, contents.names.as_ref())?;
+    earlier.keep(&mut hot, old);
     let mut wanted: Vec<u32> = hot.chunks.keys().copied().collect();
     wanted.sort_unstable();
     let bytes = wanted.iter().filter_map(|chunk| old.chunk(*chunk)).map(|chunk| u64::from(chunk.stored_len)).sum();
@@ -175,6 +195,7 @@ fn pack(request: &OptimizeRequest, contents: &Contents<'_>, progress: &Arc<dyn P
         stored_bytes: written.bytes,
         chunks: order.len() as u64,
         metadata_chunks: hot.metadata.len() as u64,
+        kept_chunks: hot.chunks.values().map(|chunk| chunk.kept.len() as u64).sum(),
         extents: extents.len() as u64,
         found_blocks: hot.found,
         lost_blocks: hot.lost,
