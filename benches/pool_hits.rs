@@ -2,18 +2,27 @@
 //! output: reads a second, and the ratio of reads for each second that the threads were on a processor, which does not
 //! depend on what else the machine does; medians of the rounds.
 //!
+//! Then the same for what a device adds to a hit to know what a start reads: reads of 4 KiB that are recorded and counted
+//! beside reads that leave no trace. Blocks are read again and again, as hits are.
+//!
 //! `scripts/bench pool` runs it. `pool_hits --reads N` only reads N times from the pool, for counting instructions.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Barrier;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Barrier};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use firstread::Digest;
-use firstread::chunk::verify;
+use firstread::chunk::{ChunkRef, Codec, verify};
+use firstread::device::{Device, ImageDevice};
+use firstread::fetch::{FetchOptions, Fetcher, Origin};
+use firstread::index::{Blob, Extent, Index, IndexWriter, Role};
+use firstread::map::Map;
 use firstread::pool::{Lookup, Pool, PoolOptions, Ticket};
 
 const CHUNK: u64 = 256 << 10;
@@ -41,7 +50,9 @@ impl Random {
 
 /// The pool, and the slab that has its chunks, opened once more.
 struct Bench {
-    pool: Pool,
+    pool: Arc<Pool>,
+    /// A disk of all the chunks in their order.
+    device: Arc<ImageDevice>,
     digests: Vec<Digest>,
     /// As a device has them.
     tickets: Vec<Ticket>,
@@ -53,7 +64,7 @@ struct Bench {
 impl Bench {
     fn new(dir: &std::path::Path) -> Self {
         let options = PoolOptions { slab_bytes: 1 << 30, ..PoolOptions::default() };
-        let pool = Pool::open(dir, &options).unwrap();
+        let pool = Arc::new(Pool::open(dir, &options).unwrap());
         let mut random = Random(1);
         let mut digests = Vec::new();
         for _ in 0..CHUNKS {
@@ -69,7 +80,8 @@ impl Bench {
         let len = file.metadata().unwrap().len();
         assert!(len >= CHUNKS * CHUNK, "all chunks are in one slab");
         let tickets = digests.iter().map(|_| Ticket::default()).collect();
-        Self { pool, digests, tickets, file, len }
+        let device = device(&pool, &digests);
+        Self { pool, device, digests, tickets, file, len }
     }
 
     /// As `ImageDevice::read_chunk`.
@@ -112,6 +124,41 @@ impl Bench {
             (count as f64 / started.elapsed().as_secs_f64(), count as f64 / work)
         })
     }
+}
+
+/// A device whose chunks are all in the pool; it has no source.
+fn device(pool: &Arc<Pool>, digests: &[Digest]) -> Arc<ImageDevice> {
+    let mut writer = IndexWriter::new();
+    let blobs = vec![Blob { digest: Digest::of(b"blob"), bytes: CHUNKS * CHUNK, role: Role::Pack }];
+    writer.blob(&blobs[0]);
+    for (number, &digest) in digests.iter().enumerate() {
+        let (len, number) = (CHUNK as u32, number as u32);
+        let offset = u64::from(number) * CHUNK;
+        let chunk = ChunkRef { digest, blob: 0, offset, stored_len: len, plain_len: len, codec: Codec::Plain };
+        writer.chunk(&chunk);
+        let blocks = (CHUNK / BLOCK) as u32;
+        writer.extent(Extent { block: number * blocks, blocks, chunk: number, offset: 0 });
+    }
+    let index = Index::from_bytes(writer.finish(CHUNKS * CHUNK, "raw").unwrap()).unwrap();
+    let fetcher = Fetcher::new(Arc::clone(pool), FetchOptions::default());
+    let origin = Arc::new(Origin::new(blobs, Vec::new()));
+    ImageDevice::new(Map::new(Arc::new(index)), origin, fetcher, Arc::clone(pool))
+}
+
+/// Hits are ready when they are asked for.
+fn ready<T>(mut future: Pin<Box<dyn Future<Output = firstread::Result<T>> + Send + '_>>) {
+    let polled = future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    assert!(matches!(polled, Poll::Ready(Ok(_))), "not a hit");
+}
+
+fn recorded(bench: &Bench, random: &mut Random, buf: &mut [u8], _: &mut u64) {
+    let offset = random.below(CHUNKS * CHUNK / BLOCK) * BLOCK;
+    ready(bench.device.read_at(offset, &mut buf[..BLOCK as usize]));
+}
+
+fn unrecorded(bench: &Bench, random: &mut Random, buf: &mut [u8], _: &mut u64) {
+    let offset = random.below(CHUNKS * CHUNK / BLOCK) * BLOCK;
+    ready(Box::pin(bench.device.inspect_at(offset, &mut buf[..BLOCK as usize])));
 }
 
 fn random_hit(bench: &Bench, random: &mut Random, buf: &mut [u8], _: &mut u64) {
@@ -180,6 +227,30 @@ fn main() {
         let (hit, pread, ratio) = (median(hits), median(preads), median(ratios));
         println!(
             "{{\"name\": \"{name}\", \"threads\": {threads}, \"pool\": {hit:.0}, \"pread\": {pread:.0}, \"ratio\": {ratio:.3}}}"
+        );
+    }
+    // Every block once: later reads of it are no first touches.
+    for chunk in 0..CHUNKS {
+        ready(bench.device.read_at(chunk * CHUNK, &mut vec![0; CHUNK as usize]));
+    }
+    for threads in [1, 2] {
+        let (mut with, mut without, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for round in 0..2 * rounds {
+            // Who goes first gains from it, or loses.
+            let (on, off) = if round % 2 == 0 {
+                let on = bench.turn(threads, recorded);
+                (on, bench.turn(threads, unrecorded))
+            } else {
+                let off = bench.turn(threads, unrecorded);
+                (bench.turn(threads, recorded), off)
+            };
+            with.push(on.0);
+            without.push(off.0);
+            ratios.push(on.1 / off.1);
+        }
+        let (with, without, ratio) = (median(with), median(without), median(ratios));
+        println!(
+            "{{\"name\": \"recording\", \"threads\": {threads}, \"with\": {with:.0}, \"without\": {without:.0}, \"ratio\": {ratio:.4}}}"
         );
     }
 }
