@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::Outcome;
 use super::connect::connect_or_start;
 use super::options::{AccessOptions, Context, Global, absolute, start_log};
-use crate::daemon::config;
+use crate::daemon::config::{self, Size};
 use crate::daemon::control::{Kind, Problem};
 use crate::snapshot::{Daemon, MountKind, Options, Snapshotter as Service, bind, serve};
 
@@ -26,6 +26,9 @@ pub struct Snapshotter {
     /// containerd.io/snapshot/firstread/mount of a container's snapshot says otherwise
     #[arg(long, value_name = "KIND", default_value = "overlay", value_parser = ["overlay", "block"])]
     mounts: String,
+    /// Size of containers' block devices, where it is larger than the image's: room that costs nothing until it is written
+    #[arg(long, value_name = "SIZE")]
+    size: Option<Size>,
     /// Name of its state in the root directory; each of several snapshotters needs its own
     #[arg(long, value_name = "NAME", default_value = "default")]
     name: String,
@@ -53,6 +56,7 @@ impl Snapshotter {
             state: context.config.root.join("snapshotter").join(&self.name),
             containerd: absolute(&self.containerd)?,
             mounts,
+            size: self.size.map(|size| size.0),
             access: context.access(&self.access)?,
             transport: self.transport.clone(),
         };

@@ -5,6 +5,9 @@ use tonic::{Code, Status};
 use crate::daemon::control::Problem;
 use crate::error::Error;
 
+/// Most bytes of a message: it goes into a header, and what exceeds a header takes the kind along. A name in it may be long.
+const MESSAGE_MAX: usize = 2048;
+
 /// A call's failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -46,7 +49,12 @@ impl std::error::Error for Failure {}
 
 impl From<Failure> for Status {
     fn from(failure: Failure) -> Self {
-        let (code, message) = failure.parts();
+        let (code, mut message) = failure.parts();
+        if message.len() > MESSAGE_MAX {
+            let end = (0..=MESSAGE_MAX).rev().find(|&at| message.is_char_boundary(at)).unwrap_or(0);
+            message.truncate(end);
+            message.push('…');
+        }
         Self::new(code, message)
     }
 }

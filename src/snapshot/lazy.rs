@@ -106,11 +106,11 @@ impl Devices {
     }
 
     /// The block device of the container whose snapshot is in `dir`: the image's, with what the container writes kept
-    /// in that directory. Blocks.
+    /// in that directory, and of `size` bytes when that is more. Blocks.
     ///
     /// # Errors
     /// What the daemon says.
-    pub fn block(&self, dir: &Path, found: &Found) -> Result<PathBuf, Failure> {
+    pub fn block(&self, dir: &Path, found: &Found, size: Option<u64>) -> Result<PathBuf, Failure> {
         let turn = self.turn(dir);
         let _turn = turn.lock();
         let mut client = (self.daemon.start)()?;
@@ -121,7 +121,7 @@ impl Devices {
             detach(&mut client, &device);
         }
         let place = Place::Kept(dir.join("upper"));
-        let attached = self.attach(&mut client, found, Some(Writable { place, size: None }))?;
+        let attached = self.attach(&mut client, found, Some(Writable { place, size }))?;
         if attached.file_system != "ext4" {
             let message = format!("{}: its file system is {:?}, not ext4", found.reference, attached.file_system);
             return Err(Failure::Precondition(message));

@@ -30,6 +30,12 @@ const CRI_REFERENCE: &str = "containerd.io/snapshot/cri.image-ref";
 /// The same as a label of ours, which `firstread pull` sets.
 pub const REFERENCE: &str = "containerd.io/snapshot/firstread/image-ref";
 
+/// Whether a label says which image the snapshot is of.
+#[must_use]
+pub fn is_named(snapshot: &Snapshot) -> bool {
+    [REFERENCE, CRI_REFERENCE].iter().any(|label| snapshot.label(label).is_some())
+}
+
 /// An image that containerd has.
 #[derive(Debug)]
 pub struct Located {

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use super::failure::Failure;
 use super::filter::Filters;
 use super::lazy::{Daemon, Devices};
-use super::locate::locate;
+use super::locate::{is_named, locate};
 use super::mounts::{Parts, block};
 use super::record::{Found, Kind, Role, Snapshot, Unfinished, Wanted};
 use super::store::Store;
@@ -68,6 +68,8 @@ pub struct Options {
     pub containerd: PathBuf,
     /// What containers get when no label says otherwise.
     pub mounts: MountKind,
+    /// Bytes of a container's block device, where that is more than its image's.
+    pub size: Option<u64>,
     /// How sources are reached.
     pub access: SourceAccess,
     /// How the kernel sees devices: `auto` or a transport's name.
@@ -187,8 +189,8 @@ impl Snapshotter {
             None => self.options.mounts,
         };
         if let (MountKind::Block, Kind::Active, Some(found)) = (wanted, snapshot.kind, below.only) {
-            let devices = Arc::clone(&self.devices);
-            return block(&blocking(move || devices.block(&dir, &found)).await?);
+            let (devices, size) = (Arc::clone(&self.devices), self.options.size);
+            return block(&blocking(move || devices.block(&dir, &found, size)).await?);
         }
         Parts { kind: snapshot.kind, dir, lowers: below.lowers }.mounts()
     }
@@ -253,8 +255,9 @@ impl Snapshotter {
         Ok(Some(found))
     }
 
-    pub(super) async fn commit(&self, request: CommitRequest) -> Result<(), Failure> {
+    pub(super) async fn commit(self: &Arc<Self>, request: CommitRequest) -> Result<(), Failure> {
         let store = Arc::clone(&self.store);
+        let name = request.name.clone();
         blocking(move || {
             let CommitRequest { key, name, labels, .. } = request;
             let is_index = labels.get(annotation::ROLE).is_some_and(|role| role == annotation::ROLE_INDEX);
@@ -274,7 +277,26 @@ impl Snapshotter {
                 Ok((measure(&fs)?, role))
             })
         })
-        .await
+        .await?;
+        drop(tokio::spawn(Arc::clone(self).look_ahead(name)));
+        Ok(())
+    }
+
+    /// Asks where the bytes of a new index are, so that its first container waits neither for the answer nor for a daemon that has
+    /// to start. Nothing is attached, and what fails is asked again when there is a container.
+    async fn look_ahead(self: Arc<Self>, name: String) {
+        let Ok(index) = self.store.stat(&name) else { return };
+        // Without a label it is the image's record that says where it is from, and that is made last.
+        if index.role != Role::Index || !is_named(&index) {
+            return;
+        }
+        let asked = match self.store.parents(&index) {
+            Ok(parents) => self.found(&index, parents.len()).await.map(drop),
+            Err(failure) => Err(failure),
+        };
+        if let Err(failure) = asked {
+            tracing::debug!("ahead of {name}: {failure}");
+        }
     }
 
     pub(super) async fn remove(&self, request: KeyRequest) -> Result<(), Failure> {
