@@ -7,6 +7,7 @@ mod image;
 mod program;
 
 use std::fs;
+use std::io::Read;
 use std::process::{Command, Stdio};
 
 use program::{Node, same_files, wait_until};
@@ -202,6 +203,33 @@ fn a_device_in_use_is_not_detached_and_its_user_is_named() {
     assert_eq!(detached.as_array().unwrap().len(), 2);
     node.done(&["stop"]);
     assert!(node.pid().is_none());
+}
+
+#[test]
+fn a_mount_is_undone_while_a_container_is_made() {
+    let node = Node::new();
+    let image = image::make(node.path(), "app", 4);
+    let dir = node.mount_point("mnt");
+    node.done(&["mount", &image.reference(), dir.to_str().unwrap()]);
+    // Who makes a container has a copy of all mounts, until it has left the old root.
+    let mut maker = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", "echo copied; exec cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = [0; 7];
+    maker.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    let umount = node.command(&["umount", dir.to_str().unwrap()]).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until("it is not mounted any more", || {
+        !fs::read_to_string("/proc/self/mountinfo").unwrap().contains(dir.to_str().unwrap())
+    });
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    drop(maker.stdin.take());
+    maker.wait().unwrap();
+    let output = umount.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(node.json(&["list"]).as_array().unwrap().len(), 0);
 }
 
 #[test]
