@@ -83,7 +83,7 @@ fn names_and_labels_are_never_paths() {
     let mut snaps = Snapshotter::start(&node, &["--containerd", &nobody]);
     let state = node.root().join("snapshotter/default");
     let mut random = Random(11);
-    let mut name = |random: &mut Random| NAMES[random.below(NAMES.len() as u64) as usize].to_owned();
+    let name = |random: &mut Random| NAMES[random.below(NAMES.len() as u64) as usize].to_owned();
     let labels = [
         "containerd.io/snapshot.ref",
         "containerd.io/snapshot/firstread/role",
@@ -121,7 +121,7 @@ fn names_and_labels_are_never_paths() {
             }
             _ => {
                 drop(sound(snaps.mounts(&key)));
-                drop(sound(snaps.usage(&key)));
+                let _ = sound(snaps.usage(&key));
                 drop(sound(snaps.list(&[&key])));
             }
         }
