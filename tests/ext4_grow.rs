@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use ext4::{Data, Mount, assemble, dir, file, fsck, put};
-use firstread::ext4::{BLOCK_SIZE, Growth, Options, Tree, grow, plan, read_names};
+use firstread::ext4::{BLOCK_SIZE, Growth, Obstacle, Options, Tree, grow, plan, read_names};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -207,20 +207,20 @@ fn what_is_not_clean_or_not_ours_stays_as_it_is() {
     let grown = Grown::new(Some(20 * MIB), 10);
     let image = File::options().write(true).read(true).open(grown.image()).unwrap();
     let reason = |grown: &Grown| match grown.plan(GIB) {
-        Growth::Stays(reason) => reason,
+        Growth::Stays(obstacle) => obstacle,
         other => panic!("{other:?}"),
     };
     let mut block = [0; BLOCK_SIZE];
     image.read_exact_at(&mut block, 0).unwrap();
     // The volume's name.
     image.write_all_at(b"x", 1024 + 0x78).unwrap();
-    assert!(reason(&grown).contains("damaged"));
+    assert_eq!(reason(&grown), Obstacle::Damaged);
     image.write_all_at(&block, 0).unwrap();
     {
         let mount = grown.mount();
         fs::write(mount.dir().join("new"), "new").unwrap();
         rustix::fs::syncfs(File::open(mount.dir()).unwrap()).unwrap();
-        assert!(reason(&grown).contains("unmounted"), "mounted just now");
+        assert_eq!(reason(&grown), Obstacle::NotClean, "mounted just now");
     }
     assert!(matches!(grown.plan(GIB), Growth::Grows(_)));
     for device in [30 * MIB, 200 * MIB] {
@@ -229,6 +229,6 @@ fn what_is_not_clean_or_not_ours_stays_as_it_is() {
         let made = std::process::Command::new("mke2fs").args(["-q", "-t", "ext4", "-b", "4096"]).arg(&other).status();
         assert!(made.unwrap().success());
         fs::rename(&other, grown.image()).unwrap();
-        assert!(reason(&grown).contains("not one that firstread made"));
+        assert_eq!(reason(&grown), Obstacle::Foreign);
     }
 }

@@ -22,7 +22,7 @@ pub(super) fn grow(device: &Overlay, lower_bytes: u64, runtime: &Handle) -> Resu
     let blocks = match plan(device.size(), &mut read) {
         Ok(Growth::Grows(blocks)) => blocks,
         Ok(Growth::Fits) => return Ok(None),
-        Ok(Growth::Stays(reason)) => return Ok(Some(stays(reason))),
+        Ok(Growth::Stays(obstacle)) => return Ok(Some(stays(&obstacle.to_string()))),
         Err(error @ Error::Invalid { .. }) => return Ok(Some(stays(&error.to_string()))),
         Err(error) => return Err(error),
     };

@@ -302,3 +302,12 @@ pub fn set_bits(bitmap: &mut Block, from: u64, to: u64) {
         }
     }
 }
+
+/// Clears the bits `from..to`.
+pub fn clear_bits(bitmap: &mut Block, from: u64, to: u64) {
+    let mut mask = ZERO_BLOCK;
+    set_bits(&mut mask, from, to);
+    for (byte, mask) in bitmap.iter_mut().zip(&mask) {
+        *byte &= !mask;
+    }
+}

@@ -8,19 +8,17 @@
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::checksum::Checksum;
-use super::group::set_bits;
+use super::existing::{FileSystem, Obstacle, damaged, first_block, with_superblock};
+use super::group::{clear_bits, set_bits};
 use super::layout::{
-    BLOCK_SIZE, BLOCKS_PER_GROUP, Block, DESCRIPTOR_SIZE, DESCRIPTORS_PER_BLOCK, GroupDescriptor, INODE_SIZE,
-    INODES_PER_BLOCK, MAGIC, MAX_INODES_PER_GROUP, SUPERBLOCK_OFFSET, SuperBlock, ZERO_BLOCK, feature, group_flag,
+    BLOCK_SIZE, BLOCKS_PER_GROUP, Block, DESCRIPTOR_SIZE, DESCRIPTORS_PER_BLOCK, GroupDescriptor, ZERO_BLOCK, feature,
+    group_flag,
 };
 use super::reader::ReadBlocks;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Free blocks that a last group must have to be worth its tables, as `mke2fs` takes it.
 const LEAST_FREE: u32 = 50;
-/// Cleanly unmounted, without errors.
-const CLEAN: u16 = 1;
 
 /// What is to be done to a file system.
 #[derive(Debug)]
@@ -28,7 +26,7 @@ pub enum Growth {
     /// Nothing: it has its device's size already, or would gain nothing.
     Fits,
     /// Nothing can be done, for this reason.
-    Stays(&'static str),
+    Stays(Obstacle),
     /// These blocks are to be written.
     Grows(Blocks),
 }
@@ -53,13 +51,10 @@ pub struct Blocks {
 /// What `read` says, and [`Error::Invalid`] for a file system that is damaged.
 pub fn grow(device_bytes: u64, read: &mut ReadBlocks<'_>) -> Result<Growth> {
     let device_blocks = u32::try_from(device_bytes / BLOCK_SIZE as u64).unwrap_or(u32::MAX);
-    let mut first = ZERO_BLOCK;
-    read(0, &mut first)?;
-    let (_, rest) = first.split_at(SUPERBLOCK_OFFSET);
-    let Ok((raw, _)) = SuperBlock::read_from_prefix(rest) else { return Err(damaged("its superblock is cut off")) };
-    let mut fs = match FileSystem::of(raw) {
+    let (first, raw) = first_block(read)?;
+    let mut fs = match FileSystem::clean(raw) {
         Ok(fs) => fs,
-        Err(reason) => return Ok(Growth::Stays(reason)),
+        Err(obstacle) => return Ok(Growth::Stays(obstacle)),
     };
     let Some((blocks, groups)) = fs.reach(device_blocks) else { return Ok(Growth::Fits) };
     let (old_blocks, old_groups) = (fs.raw.blocks_count.get(), fs.groups);
@@ -102,53 +97,7 @@ pub fn grow(device_bytes: u64, read: &mut ReadBlocks<'_>) -> Result<Growth> {
     Ok(Growth::Grows(Blocks { first: changed, superblock, before: old_blocks, size: blocks }))
 }
 
-/// What is known of the file system.
-struct FileSystem {
-    raw: SuperBlock,
-    groups: u32,
-    /// Blocks of a group's inode table.
-    table_blocks: u32,
-    /// The first block of descriptors that is in the groups that it describes; `u32::MAX` when none is.
-    first_meta: u32,
-    seed: Checksum,
-}
-
 impl FileSystem {
-    /// A file system that can be grown, or why it can't.
-    fn of(raw: SuperBlock) -> std::result::Result<Self, &'static str> {
-        let bytes = raw.as_bytes();
-        let covered = bytes.get(..core::mem::offset_of!(SuperBlock, checksum)).unwrap_or_default();
-        let known = raw.magic.get() == MAGIC
-            && raw.feature_compat.get() & !feature::HAS_JOURNAL == feature::COMPATIBLE
-            && raw.feature_incompat.get() & !feature::META_BG == feature::INCOMPATIBLE
-            && raw.feature_ro_compat.get() == feature::READ_ONLY_COMPATIBLE
-            && usize::from(raw.inode_size.get()) == INODE_SIZE
-            && raw.log_block_size.get() == 2
-            && raw.blocks_per_group.get() == BLOCKS_PER_GROUP;
-        if !known {
-            return Err("it is not one that firstread made");
-        }
-        if Checksum::START.add(covered).value() != raw.checksum.get() {
-            return Err("its superblock is damaged; e2fsck can mend it");
-        }
-        if raw.state.get() != CLEAN {
-            return Err("it was not unmounted cleanly; check it with e2fsck, and attach it again");
-        }
-        let (blocks, per_group) = (raw.blocks_count.get(), raw.inodes_per_group.get());
-        let groups = blocks.div_ceil(BLOCKS_PER_GROUP);
-        let sane = blocks > 1
-            && (INODES_PER_BLOCK..=MAX_INODES_PER_GROUP).contains(&per_group)
-            && per_group.is_multiple_of(INODES_PER_BLOCK)
-            && groups.checked_mul(per_group) == Some(raw.inodes_count.get());
-        if !sane {
-            return Err("its superblock is damaged; e2fsck can mend it");
-        }
-        let has_meta = raw.feature_incompat.get() & feature::META_BG != 0;
-        let first_meta = if has_meta { raw.first_meta_group.get() } else { u32::MAX };
-        let seed = Checksum::of_file_system(&raw.uuid);
-        Ok(Self { groups, table_blocks: per_group / INODES_PER_BLOCK, first_meta, seed, raw })
-    }
-
     /// How many blocks and groups it can have on a device of so many blocks, if that is more than it has.
     fn reach(&self, device_blocks: u32) -> Option<(u32, u32)> {
         let most = u32::MAX / self.raw.inodes_per_group.get();
@@ -169,31 +118,6 @@ impl FileSystem {
         if self.first_meta == u32::MAX && groups.div_ceil(DESCRIPTORS_PER_BLOCK) > there {
             self.first_meta = there;
         }
-    }
-
-    /// The place of a block of descriptors.
-    fn descriptors_at(&self, meta: u32) -> u32 {
-        if meta < self.first_meta { 1 + meta } else { meta * DESCRIPTORS_PER_BLOCK * BLOCKS_PER_GROUP }
-    }
-
-    /// Where a block of descriptors is, all copies, each with its group.
-    fn copies(&self, meta: u32) -> impl Iterator<Item = (u32, u32)> {
-        let first = meta * DESCRIPTORS_PER_BLOCK;
-        let front = (meta < self.first_meta).then_some((0, 1 + meta));
-        let inside = [first, first + 1, first + DESCRIPTORS_PER_BLOCK - 1];
-        let inside = inside.map(|group| (group, group.wrapping_mul(BLOCKS_PER_GROUP)));
-        front.into_iter().chain(inside.into_iter().filter(move |_| front.is_none()))
-    }
-
-    /// Whether a group's first block has descriptors (`ext4_bg_num_gdb_meta`).
-    fn has_descriptors(&self, group: u32) -> bool {
-        let place = group % DESCRIPTORS_PER_BLOCK;
-        group / DESCRIPTORS_PER_BLOCK >= self.first_meta && (place < 2 || place == DESCRIPTORS_PER_BLOCK - 1)
-    }
-
-    /// How many blocks a new group needs for itself.
-    fn own_blocks(&self, group: u32) -> u32 {
-        u32::from(self.has_descriptors(group)) + 2 + self.table_blocks
     }
 
     /// A group without anything but its own blocks; one that is to have a bitmap, since it may be short, has that too.
@@ -241,19 +165,13 @@ impl FileSystem {
         }
         let mut bitmap = ZERO_BLOCK;
         read(at, &mut bitmap)?;
-        clear_bits(&mut bitmap, before, len);
+        clear_bits(&mut bitmap, before.into(), len.into());
         set_bits(&mut bitmap, len.into(), BLOCKS_PER_GROUP.into());
         let free = bitmap.iter().map(|byte| byte.count_zeros()).sum::<u32>();
         descriptor.free_blocks = U16::new(free as u16);
         descriptor.block_bitmap_checksum = U16::new(self.seed.add(&bitmap).low());
         self.seal(group, descriptor);
         Ok((at, bitmap, len - before))
-    }
-
-    /// `ext4_group_desc_csum`: the checksum itself counts as zero.
-    fn seal(&self, group: u32, descriptor: &mut GroupDescriptor) {
-        descriptor.checksum = U16::new(0);
-        descriptor.checksum = U16::new(self.seed.add(&group.to_le_bytes()).add(descriptor.as_bytes()).low());
     }
 
     /// Block 0 of the grown file system.
@@ -269,25 +187,6 @@ impl FileSystem {
             raw.feature_incompat = U32::new(raw.feature_incompat.get() | feature::META_BG);
             raw.first_meta_group = U32::new(self.first_meta);
         }
-        let bytes = raw.as_bytes();
-        let covered = bytes.get(..core::mem::offset_of!(SuperBlock, checksum)).unwrap_or_default();
-        raw.checksum = U32::new(Checksum::START.add(covered).value());
-        let mut block = Box::new(first);
-        for (to, from) in block.iter_mut().skip(SUPERBLOCK_OFFSET).zip(raw.as_bytes()) {
-            *to = *from;
-        }
-        block
+        with_superblock(first, raw)
     }
-}
-
-fn clear_bits(bitmap: &mut Block, from: u32, to: u32) {
-    let mut mask = ZERO_BLOCK;
-    set_bits(&mut mask, from.into(), to.into());
-    for (byte, mask) in bitmap.iter_mut().zip(&mask) {
-        *byte &= !mask;
-    }
-}
-
-fn damaged(reason: &str) -> Error {
-    Error::invalid("ext4 file system", reason)
 }

@@ -27,6 +27,8 @@ pub const DESCRIPTOR_SIZE: usize = 32;
 pub const DESCRIPTORS_PER_BLOCK: u32 = (BLOCK_SIZE / DESCRIPTOR_SIZE) as u32;
 /// The root directory's inode (`EXT4_ROOT_INO`).
 pub const ROOT_INODE: u32 = 2;
+/// The journal's inode (`EXT4_JOURNAL_INO`).
+pub const JOURNAL_INODE: u32 = 8;
 /// The first inode that is not reserved (`EXT4_GOOD_OLD_FIRST_INO`).
 pub const FIRST_INODE: u32 = 11;
 /// The most links of an inode (`EXT4_LINK_MAX`).
@@ -44,6 +46,8 @@ pub mod feature {
     pub const INCOMPATIBLE: u32 = 0x2 | 0x40 | 0x200;
     /// A journal (`EXT4_FEATURE_COMPAT_HAS_JOURNAL`).
     pub const HAS_JOURNAL: u32 = 0x4;
+    /// The journal has something to be replayed (`EXT4_FEATURE_INCOMPAT_RECOVER`).
+    pub const RECOVER: u32 = 0x4;
     /// Descriptors in the groups that they describe (`EXT4_FEATURE_INCOMPAT_META_BG`).
     pub const META_BG: u32 = 0x10;
     /// large_file, huge_file, dir_nlink, extra_isize, metadata_csum (`EXT4_FEATURE_RO_COMPAT_*`).
@@ -118,15 +122,17 @@ pub struct SuperBlock {
     pub preallocation: [u8; 2],           // 0x0cc
     pub reserved_gdt_blocks: U16,         // 0x0ce
     pub journal_uuid: [u8; 16],           // 0x0d0: stays zero, or a journal device is looked for
-    pub journal: [U32; 3],                // 0x0e0
+    pub journal_inode: U32,               // 0x0e0
+    pub journal_device: U32,              // 0x0e4
+    pub last_orphan: U32,                 // 0x0e8
     pub hash_seed: [U32; 4],              // 0x0ec
     pub default_hash_version: u8,         // 0x0fc
-    pub journal_backup: u8,               // 0x0fd
+    pub journal_backup: u8,               // 0x0fd: 1 = journal_blocks is a copy
     pub descriptor_size: U16,             // 0x0fe: 0 without 64bit
     pub default_mount_options: U32,       // 0x100
     pub first_meta_group: U32,            // 0x104
     pub made_time: U32,                   // 0x108
-    pub journal_blocks: [U32; 17],        // 0x10c
+    pub journal_blocks: [U32; 17],        // 0x10c: of the journal's inode the block field and the size, high half first
     pub high_counts: [U32; 3],            // 0x150
     pub min_extra_isize: U16,             // 0x15c
     pub want_extra_isize: U16,            // 0x15e

@@ -18,12 +18,14 @@
 mod checksum;
 mod dir;
 mod emit;
+mod existing;
 mod extent;
 mod group;
 mod grow;
 mod hash;
 mod htree;
 mod inode;
+mod journal;
 mod layout;
 mod read;
 mod reader;
@@ -36,8 +38,10 @@ mod xattr;
 
 pub mod plan;
 
+pub use existing::Obstacle;
 pub use grow::{Growth, grow};
 pub use hash::name_hash;
+pub use journal::{Addition, NewJournal, Settled, add_journal, settle};
 pub use layout::BLOCK_SIZE;
 pub use plan::{ALIGN_MAX, Options, Plan, plan};
 pub use read::{Names, ROOT, Run, Type, read_names};
