@@ -10,7 +10,7 @@ use super::Outcome;
 use super::output::Output;
 use crate::daemon::config::{self, Config, Layer, RegistryLayer, Size, Switch};
 use crate::daemon::control::{Kind, Problem, SourceAccess};
-use crate::daemon::uppers::{Place, Writable};
+use crate::daemon::uppers::{Journal, Place, Writable};
 use crate::source::BlobPlace;
 
 /// Options of every verb.
@@ -75,6 +75,10 @@ pub struct WriteOptions {
     /// Make a writable device larger than its image, e.g. 20G: the room costs nothing until it is written
     #[arg(long, value_name = "SIZE")]
     pub size: Option<Size>,
+    /// Whether a file system in an upper gets a journal, which it needs to be whole after a loss of power: `auto`, where
+    /// firstread made it and there is room, or `none` [default: auto]
+    #[arg(long, value_name = "WHICH", requires = "upper", conflicts_with = "rw")]
+    pub journal: Option<Journal>,
 }
 
 impl WriteOptions {
@@ -91,7 +95,7 @@ impl WriteOptions {
             }
             None => return Ok(None),
         };
-        Ok(Some(Writable { place, size: self.size.map(|size| size.0) }))
+        Ok(Some(Writable { place, size: self.size.map(|size| size.0), journal: self.journal.unwrap_or_default() }))
     }
 }
 

@@ -14,6 +14,7 @@ pub mod exports;
 mod growth;
 pub mod images;
 pub mod jobs;
+pub mod journal;
 pub mod keeping;
 pub mod mending;
 pub mod mounts;

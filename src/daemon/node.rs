@@ -126,7 +126,7 @@ impl Node {
         let read_ahead_kb = request.read_ahead_kb.or(recorded).unwrap_or(READY_KB);
         // The start-up pack has all metadata that is needed; what is read beside it would only be waited for.
         let inode_readahead_blks = if image.index.startup_order().len() > 0 { 0 } else { 32 };
-        let remarks = opened.as_ref().and_then(|opened| opened.remark.clone()).into_iter().collect();
+        let remarks = opened.as_ref().map_or_else(Vec::new, |opened| opened.remarks.clone());
         let reopen = Reopen {
             reference: request.reference.clone(),
             access: request.access.clone(),
@@ -266,7 +266,7 @@ impl Node {
             Some(writable) => Some(self.new_upper(&image, &device, writable, &self.export_upper()?).await?),
             None => None,
         };
-        let remarks = opened.as_ref().and_then(|opened| opened.remark.clone()).into_iter().collect();
+        let remarks = opened.as_ref().map_or_else(Vec::new, |opened| opened.remarks.clone());
         let lower = device as Arc<dyn Device>;
         let device = opened.as_ref().map_or(lower, |opened| Arc::clone(&opened.overlay) as Arc<dyn Device>);
         let device_bytes = device.size();

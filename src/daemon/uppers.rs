@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use tokio::runtime::Handle;
 use super::config::Config;
 use super::control::DeviceInfo;
 use super::growth::grow;
+use super::journal;
 use super::node::{Node, blocking};
 use crate::device::upper::boot;
 use crate::device::upper::{self, Durability, LowerIdentity, Upper, UpperOptions};
@@ -29,6 +31,32 @@ pub struct Writable {
     /// Size of the device in bytes, if it is to be larger than the image's.
     #[serde(default)]
     pub size: Option<u64>,
+    /// Whether its file system is to have a journal.
+    #[serde(default)]
+    pub journal: Journal,
+}
+
+/// Which file systems get a journal when they are attached. One that is there stays.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Journal {
+    /// Those in an upper that is kept.
+    #[default]
+    Auto,
+    /// None.
+    None,
+}
+
+impl FromStr for Journal {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "none" => Ok(Self::None),
+            _ => Err(format!("{text:?} is neither auto nor none")),
+        }
+    }
 }
 
 /// Where what is written goes.
@@ -73,11 +101,12 @@ pub(super) struct Opened {
     pub overlay: Arc<Overlay>,
     pub info: UpperInfo,
     /// What its user should know of it.
-    pub remark: Option<String>,
+    pub remarks: Vec<String>,
 }
 
 impl Node {
-    /// Opens the upper that is wished for over an image's device; a private one is new. The file system is grown to its size.
+    /// Opens the upper that is wished for over an image's device; a private one is new. The file system is grown to its size, and gets
+    /// a journal if it is to survive a loss of power.
     pub(super) async fn new_upper(
         &self,
         image: &Arc<Image>,
@@ -92,12 +121,19 @@ impl Node {
         }
         let (opened, lower_bytes) = (self.open_upper(image, device, info, writable.size).await?, device.size());
         let runtime = Handle::current();
-        blocking(move || match grow(&opened.overlay, lower_bytes, &runtime) {
-            Ok(remark) => Ok(Opened { remark, ..opened }),
-            Err(error) => {
-                // The error that is told is the first one.
-                let _ = close(Some(opened.overlay.upper()), &opened.info);
-                Err(error)
+        let has_journal = opened.info.kept && writable.journal == Journal::Auto;
+        blocking(move || {
+            let changed = grow(&opened.overlay, lower_bytes, &runtime).and_then(|grown| {
+                let journal = if has_journal { journal::add(&opened.overlay, &runtime)? } else { None };
+                Ok(grown.into_iter().chain(journal).collect())
+            });
+            match changed {
+                Ok(remarks) => Ok(Opened { remarks, ..opened }),
+                Err(error) => {
+                    // The error that is told is the first one.
+                    let _ = close(Some(opened.overlay.upper()), &opened.info);
+                    Err(error)
+                }
             }
         })
         .await
@@ -121,7 +157,7 @@ impl Node {
             };
             let options = UpperOptions { size, durability: info.durability(), boot: boot() };
             let upper = Arc::new(Upper::open(&info.dir, &lower, &options)?);
-            Ok(Opened { overlay: Overlay::new(device, upper)?, info, remark: None })
+            Ok(Opened { overlay: Overlay::new(device, upper)?, info, remarks: Vec::new() })
         })
         .await
     }

@@ -18,7 +18,7 @@ use crate::daemon::client::Client;
 use crate::daemon::control::{Attach, Attached, Call, DeviceInfo, InUse, Kind, Lifetime, Problem, SourceAccess, State};
 use crate::daemon::images::index_cache;
 use crate::daemon::mounts;
-use crate::daemon::uppers::{Place, Writable};
+use crate::daemon::uppers::{Journal, Place, Writable};
 use crate::fetch::{Parts, keep_image};
 use crate::source::BlobPlace;
 
@@ -121,7 +121,8 @@ impl Devices {
             detach(&mut client, &device);
         }
         let place = Place::Kept(dir.join("upper"));
-        let attached = self.attach(&mut client, found, Some(Writable { place, size }))?;
+        let writable = Writable { place, size, journal: Journal::Auto };
+        let attached = self.attach(&mut client, found, Some(writable))?;
         if attached.file_system != "ext4" {
             let message = format!("{}: its file system is {:?}, not ext4", found.reference, attached.file_system);
             return Err(Failure::Precondition(message));

@@ -345,10 +345,17 @@ impl Media for CrashFile {
     fn sync(&self) -> io::Result<()> {
         self.disk.change(|state| {
             if state.left != Some(0) {
-                let file = &mut state.files[self.id];
-                file.durable = file.now.clone();
-                file.pending.clear();
-                file.lengths.clear();
+                let Content { now, durable, pending, lengths } = &mut state.files[self.id];
+                if lengths.is_empty() {
+                    // Only these bytes differ.
+                    pending.iter().map(|(at, bytes)| *at..at + bytes.len()).for_each(|written| {
+                        durable[written.clone()].copy_from_slice(&now[written]);
+                    });
+                } else {
+                    durable.clone_from(now);
+                }
+                pending.clear();
+                lengths.clear();
             }
             Ok(())
         })
