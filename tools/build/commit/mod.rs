@@ -43,7 +43,7 @@ use crate::chunk::CHUNK_SIZE;
 use crate::device::upper::{Durability, Upper, UpperOptions};
 use crate::device::{Device, Overlay};
 use crate::error::{Error, Result};
-use crate::ext4::{BLOCK_SIZE, Names, cleaned, read_free, read_names};
+use crate::ext4::{BLOCK_SIZE, Names, Settled, cleaned, read_free, read_names, settle};
 use crate::index::{BLOCK, Extent};
 use crate::oci::Reference;
 use crate::source::{Access, Publish};
@@ -139,6 +139,9 @@ pub fn commit(request: &CommitRequest, progress: &Arc<dyn Progress>) -> Result<R
     let written = Written::open(&request.upper, &request.boot, request.parent.as_ref(), &shared, handle)?;
     let destination = Destination::open(&shared, handle)?;
     let parent = &written.parent;
+    if let Some(reason) = written.settled.kept() {
+        progress.event(Event::Note(&format!("the journal can't be taken out ({reason}): it is published as it is")));
+    }
     let changed = written.changed();
     progress.event(Event::Image {
         platform: &parent.platform().to_string(),
@@ -216,10 +219,11 @@ pub fn commit(request: &CommitRequest, progress: &Arc<dyn Progress>) -> Result<R
     })
 }
 
-/// An upper over the image that it belongs to.
+/// An upper over the image that it belongs to, as it is after a replay of its file system's journal and without that.
 struct Written {
     parent: Parent,
     overlay: Arc<Overlay>,
+    settled: Settled,
 }
 
 impl Written {
@@ -241,18 +245,27 @@ impl Written {
         let options = UpperOptions { size: None, durability: Durability::Kept, boot: boot.to_owned() };
         let upper = Upper::open_existing(dir, &parent.identity(), &options)?;
         let overlay = Overlay::new(Arc::clone(parent.device()) as Arc<dyn Device>, Arc::new(upper))?;
-        Ok(Self { parent, overlay })
+        let settled = settle(overlay.size(), &mut |block, buf| device_read(&overlay, block, buf, runtime));
+        let settled = settled.map_err(|error| match error {
+            Error::Invalid { reason, .. } => {
+                let next = "mount the device and unmount it, or check it with e2fsck, and then try again";
+                Error::invalid(format!("upper {}", dir.display()), format!("{reason}: {next}"))
+            }
+            error => error,
+        })?;
+        Ok(Self { parent, overlay, settled })
     }
 
-    /// The blocks that were written.
+    /// The blocks that were written, or would be by a replay.
     fn changed(&self) -> Ranges {
         // A device has at most as many blocks as a u32 counts.
         let block = |block: u64| u32::try_from(block).unwrap_or(u32::MAX);
-        Ranges::new(self.overlay.upper().changed().map(|run| block(run.start)..block(run.end)).collect())
+        let written = self.overlay.upper().changed().map(|run| block(run.start)..block(run.end));
+        Ranges::new(written.chain(self.settled.blocks().map(|block| block..block + 1)).collect())
     }
 
     fn read(&self, block: u32, buf: &mut [u8], runtime: &Handle) -> Result<()> {
-        runtime.block_on(self.overlay.read_at(u64::from(block) * u64::from(BLOCK), buf))
+        self.settled.read(block, buf, &mut |block, buf| device_read(&self.overlay, block, buf, runtime))
     }
 
     /// Looks into the file system. One that is damaged is a device without one.
@@ -284,6 +297,10 @@ impl Written {
             }
         }
     }
+}
+
+fn device_read(overlay: &Overlay, block: u32, buf: &mut [u8], runtime: &Handle) -> Result<()> {
+    runtime.block_on(overlay.read_at(u64::from(block) * u64::from(BLOCK), buf))
 }
 
 /// What a look into the file system showed.
