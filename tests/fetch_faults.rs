@@ -150,6 +150,25 @@ async fn a_reader_does_not_queue_behind_background_work() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_long_answer_in_the_background_is_given_up_for_a_reader() {
+    // What is long, and how often the server is asked: for the long answer, for the reader's, and for the rest.
+    for (background_bytes, requests) in [(1 << 20, 2), (20_000, 3)] {
+        let setup = setup_with(FetchOptions { background_bytes, ..options() }, 8).await;
+        setup.server.next([Answer::Slow(10_000)]);
+        let background = setup.spawn(setup.pack.chunks[1..].to_vec(), Priority::Background);
+        while setup.requests() == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(setup.fetch(&setup.pack.chunks[..1]).await[0].is_ok());
+        assert!(background.await.unwrap().iter().all(Result::is_ok));
+        let asked = setup.requests();
+        assert!(if requests == 2 { asked == 2 } else { asked >= requests }, "{background_bytes}: {asked}");
+        let values = setup.origin.counters().snapshot();
+        assert_eq!((values.chunks, values.failed), (8, 0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_fault_that_passes_is_survived() {
     let faults = [
         Answer::Flip(700),
@@ -219,6 +238,8 @@ async fn a_fault_that_stays_is_an_error_in_time_and_the_service_resumes() {
             assert!(took < ON_OUTAGE * 2, "{fault:?} took {took:?}");
             assert!(error.to_string().contains(setup.server.host()), "{error}");
             setup.server.ever(None);
+            // What was read ahead may be under way still, with an answer from before.
+            drop(setup.fetch(&setup.pack.chunks).await);
             setup.check_all(&setup.fetch(&setup.pack.chunks).await);
         });
     }

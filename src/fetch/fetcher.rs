@@ -61,7 +61,7 @@ impl Default for FetchOptions {
             requests: 4,
             host_requests: 8,
             background_limit: None,
-            background_bytes: 512 << 10,
+            background_bytes: 256 << 10,
             gap: 64 << 10,
             request_bytes: 4 << 20,
             read_ahead: 4 << 20,

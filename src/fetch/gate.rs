@@ -14,9 +14,12 @@ use tokio::time::Instant;
 use super::Priority;
 
 /// How long work in the background stands back for readers before it insists on one request.
-const STAND_BACK: Duration = Duration::from_secs(1);
+const STAND_BACK: Duration = Duration::from_secs(2);
 /// How long readers are remembered: the next one will probably come soon.
 const RECENT: Duration = Duration::from_secs(2);
+/// How long no reader has waited before work in the background goes on beside readers that are remembered: one who reads
+/// miss after miss has the link alone.
+const LULL: Duration = Duration::from_millis(20);
 /// How often a request that waits looks whether a reader has come to wait for it.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -100,13 +103,17 @@ impl State {
         self.demand() || self.demanded.is_some_and(|at| at.elapsed() < RECENT)
     }
 
+    fn lull(&self) -> bool {
+        !self.demand() && self.demanded.is_none_or(|at| at.elapsed() >= LULL)
+    }
+
     fn admits(&self, priority: Priority, insists: bool, limit: usize) -> bool {
         let background = self.running[Priority::Background as usize];
         match priority {
             Priority::Demand => self.total() < limit,
             Priority::Startup | Priority::ReadAhead => self.total() + 1 < limit,
             Priority::Background if insists => background == 0 && self.total() < limit,
-            Priority::Background if self.demand() => false,
+            Priority::Background if !self.lull() => false,
             Priority::Background if self.recent() => background == 0,
             Priority::Background => background < limit / 2 && self.total() + 1 < limit,
         }
@@ -267,6 +274,7 @@ mod tests {
         assert!(started.elapsed() >= STAND_BACK);
         assert!(soon(gate.enter(|| Priority::Background)).await.is_none());
         drop((reader, background));
+        assert!(gate.try_enter(Priority::Background).is_none(), "the next reader comes at once, perhaps");
         // One at a time while readers are remembered.
         let first = soon(gate.enter(|| Priority::Background)).await.unwrap();
         assert!(gate.try_enter(Priority::Background).is_none());

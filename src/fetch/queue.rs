@@ -85,8 +85,11 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// Adds a chunk.
-    pub(super) fn push(&mut self, want: Want) {
+    /// Adds a chunk; one that a reader waits for by now is as urgent as that.
+    pub(super) fn push(&mut self, mut want: Want) {
+        if want.ticket.urgent() {
+            want.priority = Priority::Demand;
+        }
         self.serial += 1;
         let place = (want.chunk.blob, want.chunk.offset, self.serial);
         if let Some(order) = self.order.get_mut(want.priority as usize) {

@@ -99,6 +99,9 @@ impl Shared {
         wants.iter_mut().for_each(|want| want.requested = Some(Instant::now()));
         let Err(broken) = self.stream(origin, &mut number, &mut wants, give_up).await else {
             origin.health.reached(number);
+            // What was given up for readers is asked for when they are gone.
+            let mut queue = origin.queue.lock();
+            wants.into_iter().for_each(|want| queue.push(want));
             return Vec::new();
         };
         let cut_short = || {
@@ -129,7 +132,8 @@ impl Shared {
         wants.into()
     }
 
-    /// Reads from source `number`, or from the next one when that is slow: then `number` is that one's.
+    /// Reads from source `number`, or from the next one when that is slow: then `number` is that one's. A long answer in
+    /// the background is given up when a reader comes; `wants` are the rest then.
     async fn stream(
         self: &Arc<Self>,
         origin: &Arc<Origin>,
@@ -203,6 +207,10 @@ impl Shared {
             behind += if begun.is_some() { arrived } else { 0 };
             begun.get_or_insert_with(Instant::now);
             self.cut(origin, *number, wants, (&mut at, &mut stored), &piece).await;
+            let long = end.saturating_sub(at) > self.options.background_bytes;
+            if background && long && gate.recently_in_demand() {
+                break;
+            }
             if background {
                 self.throttle.pay(arrived, &gate, || wants.iter().any(|want| want.ticket.urgent())).await;
             }

@@ -21,6 +21,8 @@ pub enum Answer {
     Truncated(usize),
     /// The right head, so many bytes of the body, then nothing, with the connection open.
     Stalled(usize),
+    /// Honest, so many bytes of the body at a time, with a pause before each.
+    Slow(usize),
     /// Nothing at all, with the connection open.
     Silent,
     /// The connection is reset before the head.
@@ -232,6 +234,13 @@ async fn reply(stream: &mut TcpStream, request: &Request, answer: Answer, conten
         Answer::Stalled(len) => {
             stream.write_all(&body[..len]).await.ok()?;
             std::future::pending().await
+        }
+        Answer::Slow(len) => {
+            for piece in body.chunks(len) {
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                stream.write_all(piece).await.ok()?;
+            }
+            Some(())
         }
         _ => stream.write_all(&body).await.ok(),
     }
