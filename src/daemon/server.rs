@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -25,6 +26,8 @@ use crate::error::{Error, Result};
 
 /// Connections at a time.
 const CONNECTIONS: usize = 256;
+/// Pauses in milliseconds before a device in use is tried again whose client is gone.
+const ENDING: [u64; 6] = [20, 80, 300, 1000, 3000, 5000];
 
 /// Requests of one connection at a time; further ones wait.
 const REQUESTS: usize = 64;
@@ -249,11 +252,30 @@ impl Connection {
         drop(tokio::task::spawn_blocking(move || drop(snapshots)));
         let tentative = std::mem::take(&mut *self.tentative.lock());
         for id in tentative {
-            match self.node.detach(&id, InUse::Refuse).await {
-                Ok(_) => tracing::info!("{id} was detached: the client that wanted it is gone"),
-                Err(problem) if problem.kind == Kind::NotFound => {}
-                Err(problem) => tracing::warn!("{id} stays, though the client that wanted it is gone: {problem}"),
+            self.abandon(&id).await;
+        }
+    }
+
+    /// Detaches a device that nobody wants any more. What the client ran may still be ending, with a mount of its own.
+    async fn abandon(&self, id: &str) {
+        let mut stopping = self.node.stopping();
+        let mut pauses = ENDING.iter();
+        loop {
+            match (self.node.detach(id, InUse::Refuse).await, pauses.next()) {
+                (Ok(_), _) => tracing::info!("{id} was detached: the client that wanted it is gone"),
+                (Err(problem), _) if problem.kind == Kind::NotFound => {}
+                (Err(problem), Some(&pause)) if problem.kind == Kind::Busy => {
+                    let pause = Duration::from_millis(pause);
+                    if tokio::time::timeout(pause, stopping.wait_for(|&stopping| stopping)).await.is_err() {
+                        continue;
+                    }
+                    tracing::warn!("{id} stays: {problem}");
+                }
+                (Err(problem), _) => {
+                    tracing::warn!("{id} stays, though the client that wanted it is gone: {problem}");
+                }
             }
+            return;
         }
     }
 }
