@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
-use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, LOCATION, RANGE, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, DATE, HeaderMap, LOCATION, RANGE, RETRY_AFTER};
 use reqwest::{Method, Response, StatusCode, Url};
 use tokio::time::Instant;
 
@@ -222,9 +222,8 @@ impl Client {
         if !matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             return;
         }
-        let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-        if let Some(seconds) = seconds {
-            *self.link.not_before.lock() = Some(Instant::now() + Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+        if let Some(pause) = retry_after(response.headers(), SystemTime::now()) {
+            *self.link.not_before.lock() = Some(Instant::now() + pause.min(MAX_RETRY_AFTER));
         }
     }
 
@@ -249,4 +248,42 @@ fn counted(
     reqwest::Body::wrap_stream(stream.inspect_ok(move |piece| {
         sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
     }))
+}
+
+/// What `Retry-After` says (RFC 9110, 10.2.3): seconds, or a date, which is compared with the answer's own.
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    if let Ok(seconds) = text.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = |text: &str| httpdate::parse_http_date(text).ok();
+    let sent = headers.get(DATE).and_then(|value| date(value.to_str().ok()?)).unwrap_or(now);
+    // A time that has passed is none.
+    date(text)?.duration_since(sent).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
+        let pause = |lines: &[(reqwest::header::HeaderName, &str)]| {
+            let headers = lines.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect();
+            retry_after(&headers, now).map(|pause| pause.as_secs())
+        };
+        assert_eq!(pause(&[(RETRY_AFTER, "7")]), Some(7));
+        assert_eq!(pause(&[(RETRY_AFTER, "Sun, 06 Nov 1994 08:49:57 GMT")]), Some(20));
+        // The server's clock is what its dates are of.
+        let date = (DATE, "Sun, 06 Nov 1994 08:49:47 GMT");
+        assert_eq!(pause(&[(RETRY_AFTER, "Sun, 06 Nov 1994 08:49:57 GMT"), date.clone()]), Some(10));
+        assert_eq!(pause(&[(RETRY_AFTER, "Sun, 06 Nov 1994 08:49:07 GMT"), date]), None);
+        for nonsense in ["", "soon", "-3", "1e9", "99999999999999999999", "Sun, 99 Nov 1994 08:49:57 GMT"] {
+            assert_eq!(pause(&[(RETRY_AFTER, nonsense)]), None, "{nonsense}");
+        }
+        assert_eq!(pause(&[]), None);
+    }
 }
