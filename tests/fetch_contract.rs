@@ -19,7 +19,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use fault::Fault;
+use fault::{FAULTS, Fault, is_wrong};
 use packs::TestImage;
 use program::Node;
 use published::published;
@@ -29,29 +29,6 @@ use registry::Registry;
 const CHUNK: usize = 256 << 10;
 const CHUNKS: usize = 8;
 
-/// The faults, as rules without what says when. What says that the blob is gone (404) or is slow and moves (`drip`) has
-/// its own expectations below.
-const FAULTS: [&str; 19] = [
-    "delay:time=200ms",
-    "stall",
-    "stall:after=1000",
-    "reset",
-    "reset:after=1000",
-    "truncate:after=1000",
-    "flip:at=100",
-    "shift:by=7",
-    "whole:",
-    "range:by=3",
-    "status:code=401",
-    "status:code=403",
-    "status:code=416",
-    "status:code=429,retry_after=1",
-    "status:code=500",
-    "status:code=503,retry_after=1",
-    "loop:",
-    "length:by=5",
-    "dns:",
-];
 struct Setup {
     proxy: Fault,
     node: Node,
@@ -93,14 +70,7 @@ impl Setup {
 
     /// `fault` for requests of the pack alone, with what says when.
     fn arm(&self, fault: &str, when: &str) {
-        let separator = if fault.contains(':') { "," } else { ":" };
-        let rule = format!("{fault}{separator}path={},method=GET{when}", self.image.pack);
-        self.proxy.arm(&rule.replace(":,", ":"));
-    }
-
-    fn struck(&self) -> u64 {
-        let faults = self.proxy.counters()["faults"].clone();
-        faults.as_object().unwrap().values().map(|count| count.as_u64().unwrap()).sum()
+        self.proxy.arm_for(&self.image.pack.to_string(), fault, when);
     }
 }
 
@@ -131,7 +101,7 @@ fn a_fault_on_the_first_request_or_in_the_middle_is_survived() {
         setup.arm(fault, ",skip=1,count=1");
         let device = setup.attach("8");
         setup.read_all(&device);
-        assert!(setup.struck() >= 1, "{fault} was never met");
+        assert!(setup.proxy.struck() >= 1, "{fault} was never met");
     });
 }
 
@@ -144,8 +114,7 @@ fn a_reader_waits_until_a_fault_has_healed_and_then_goes_on_alone() {
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| setup.read(&device, 7));
             std::thread::sleep(Duration::from_millis(800));
-            // Wrong bytes are an error at once: they are no outage.
-            let wrong = fault.starts_with("flip") || fault.starts_with("shift");
+            let wrong = is_wrong(fault);
             assert!(wrong || fault.starts_with("delay") || !reader.is_finished(), "{fault}");
             setup.proxy.heal();
             let result = reader.join().unwrap();

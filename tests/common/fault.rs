@@ -4,6 +4,35 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
+/// The faults, as rules without what says when. What says that the blob is gone (404) or is slow and moves (`drip`) is
+/// looked at by itself.
+pub const FAULTS: [&str; 19] = [
+    "delay:time=200ms",
+    "stall",
+    "stall:after=1000",
+    "reset",
+    "reset:after=1000",
+    "truncate:after=1000",
+    "flip:at=100",
+    "shift:by=7",
+    "whole",
+    "range:by=3",
+    "status:code=401",
+    "status:code=403",
+    "status:code=416",
+    "status:code=429,retry_after=1",
+    "status:code=500",
+    "status:code=503,retry_after=1",
+    "loop",
+    "length:by=5",
+    "dns",
+];
+
+/// Whether `fault` makes wrong bytes: those are an error at once when they stay, since they are no outage.
+pub fn is_wrong(fault: &str) -> bool {
+    fault.starts_with("flip") || fault.starts_with("shift")
+}
+
 pub struct Fault {
     child: Child,
     url: String,
@@ -42,6 +71,18 @@ impl Fault {
     /// Arms rules, one a line.
     pub fn arm(&self, rules: &str) {
         self.control("POST", "rules", rules);
+    }
+
+    /// Arms one of [`FAULTS`] for what is read of paths with `path` in them, as often as `when` says.
+    pub fn arm_for(&self, path: &str, fault: &str, when: &str) {
+        let separator = if fault.contains(':') { "," } else { ":" };
+        self.arm(&format!("{fault}{separator}path={path},method=GET{when}"));
+    }
+
+    /// How many requests were met by a fault.
+    pub fn struck(&self) -> u64 {
+        let faults = self.counters()["faults"].clone();
+        faults.as_object().unwrap().values().map(|count| count.as_u64().unwrap()).sum()
     }
 
     /// Forgets all rules.
