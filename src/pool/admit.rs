@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::record::{ALIGN, Kind, Record, room};
-use super::shards::{At, Trust};
+use super::shards::{At, Place, Trust};
 use super::slab::{Appending, SLAB_MAX, Slab};
 use super::{Pool, PoolOptions};
 use crate::chunk::{CHUNK_MAX, Digest, Verified};
@@ -175,10 +175,15 @@ impl Pool {
         let At { block, len, row, .. } = *at;
         let record = Record { kind: Kind::Admit, digest: *digest, slab: slab.number, block, len, row };
         slab.write_record(row - 1, &record)?;
-        match &self.journal {
-            Some(journal) => journal.append(&record),
-            None => Ok(()),
+        if let Some(journal) = &self.journal {
+            journal.append(&record)?;
         }
+        // Evicted since it is in the index, its drop may have been recorded first: the last record must be that.
+        let there = |place: Place| (place.slot, place.block) == (at.slot, block);
+        if !self.shards.peek(digest).is_some_and(there) {
+            self.give_up(digest, slab, *at);
+        }
+        Ok(())
     }
 
     fn take_room(&self, len: u32) -> io::Result<Room> {
@@ -228,4 +233,37 @@ fn slab_bytes(options: &PoolOptions, limit: Option<u64>, pool: u64) -> u64 {
     let grown = (pool / 128).checked_next_power_of_two().unwrap_or(SLAB_MAX);
     let most = limit.map_or(SLAB_MAX, |limit| limit / 8).clamp(2 << 20, SLAB_MAX);
     options.slab_bytes.max(grown).clamp(2 << 20, most).next_multiple_of(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::super::Examined;
+    use super::*;
+    use crate::chunk::verify;
+
+    #[test]
+    fn a_chunk_that_is_evicted_before_it_is_recorded_is_not_there_after_the_next_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let chunk = |byte: u8| {
+            let bytes = vec![byte; 100_000];
+            verify(&Digest::of(&bytes), bytes).unwrap()
+        };
+        let (kept, evicted) = (chunk(1), chunk(2));
+        let pool = Pool::open(dir.path(), &PoolOptions::default()).unwrap();
+        pool.admit(&kept);
+        // What another thread does between the two steps of an admission.
+        let written = pool.write(&evicted, 100_000).unwrap();
+        pool.shards.insert(evicted.digest(), written.at, Trust::Checked);
+        let at = pool.shards.remove(evicted.digest(), written.at.slot, written.at.block).unwrap();
+        pool.give_up(evicted.digest(), &written.slab, at);
+        pool.announce(&written).unwrap();
+        drop((written, pool));
+        let pool = Pool::open(dir.path(), &PoolOptions::default()).unwrap();
+        assert!(!pool.contains(evicted.digest()));
+        assert!(matches!(pool.examine_whole(kept.digest()), Examined::Sound(_)));
+        let found = pool.scrub(|_| true);
+        assert_eq!((found.chunks, found.damaged), (1, 0));
+    }
 }
