@@ -30,7 +30,8 @@ mount -o loop "$WORK/plain" "$WORK/mnt"
 suites "$WORK/mnt" "$WORK/failed-plain" "$SECONDS_EACH"
 umount "$WORK/mnt"
 
-fr mount --quiet --transport loop --upper "$WORK/upper" --size 1G "oci:$WORK/image:test" "$WORK/mnt" >/dev/null
+# Without a journal, as the plain one: room that a journal has not committed yet can be missing for a moment.
+fr mount --quiet --transport loop --upper "$WORK/upper" --journal none --size 1G "oci:$WORK/image:test" "$WORK/mnt" >/dev/null
 suites "$WORK/mnt" "$WORK/failed-loop" "$SECONDS_EACH"
 cmp "$WORK/tree/numbers" "$WORK/mnt/numbers"
 fr umount "$WORK/mnt"

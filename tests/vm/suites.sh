@@ -23,11 +23,12 @@ umount "$WORK/mnt"
 losetup --detach "$loop"
 rm "$WORK/plain"
 
+# Without a journal, as the plain one: room that a journal has not committed yet can be missing for a moment.
 for transport in ublk nbd; do
     device=$(fr attach --quiet --transport "$transport" --rw --size 400M "$IMAGE")
     suite_of_device "$device" "$EACH" || die "$transport: fsx on the device"
     fr detach "$device"
-    fr mount --quiet --transport "$transport" --upper "$WORK/upper" --size 400M "$IMAGE" "$WORK/mnt" >/dev/null
+    fr mount --quiet --transport "$transport" --upper "$WORK/upper" --journal none --size 400M "$IMAGE" "$WORK/mnt" >/dev/null
     suites "$WORK/mnt" "$WORK/failed-$transport" "$EACH" || die "$transport: a wrong byte"
     drop_caches
     cmp "$WORK/small/numbers" "$WORK/mnt/numbers" || die "$transport: a file of the image has changed"
