@@ -1,0 +1,127 @@
+//! What `firstread pull` shows, and how it waits for a snapshotter that containerd does not reach: a real containerd and registry.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "common/cluster.rs"]
+mod cluster;
+#[path = "common/program.rs"]
+mod program;
+#[path = "common/registry.rs"]
+mod registry;
+#[path = "common/snapshotter.rs"]
+mod snapshotter;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use cluster::Cluster;
+use serde_json::Value;
+
+/// `firstread pull` of an image, with more options.
+fn pull(cluster: &Cluster, name: &str, options: &[&str]) -> Command {
+    let (socket, image) = (cluster.socket().display().to_string(), cluster.image(name));
+    cluster.node.command(&[&["pull", "--containerd", &socket, &image], options].concat())
+}
+
+/// What it writes to a terminal.
+fn on_a_terminal(command: &Command) -> String {
+    let words: Vec<&str> =
+        std::iter::once(command.get_program()).chain(command.get_args()).map(|word| word.to_str().unwrap()).collect();
+    let output = Command::new("script")
+        .args(["--quiet", "--return", "--flush", "--command", &words.join(" "), "/dev/null"])
+        .env("TERM", "xterm")
+        .env("COLUMNS", "200")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn contains(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in {text}");
+    }
+}
+
+#[test]
+fn a_pull_shows_what_it_resolved_fetches_and_prepares() {
+    let cluster = Cluster::start(&[]);
+    cluster.publish("app", 2);
+    let manifest = cluster.manifest("app:1");
+    let layers = manifest["layers"].as_array().unwrap();
+    let shown = on_a_terminal(&pull(&cluster, "app:1", &[]));
+    let all = format!("/{}", layers.len());
+    contains(&shown, &["\r", "is sha256:", " to fetch, ", "fetching", "preparing snapshots", &all, "received"]);
+    // The last that was drawn is gone when the answer comes.
+    let answer = shown.rsplit('\n').find(|line| line.contains("received")).unwrap();
+    assert!(!answer.contains("preparing"), "{answer:?}");
+
+    cluster.remove_all();
+    let output = pull(&cluster, "app:1", &["--json"]).output().unwrap();
+    let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let answer: Value = serde_json::from_str(&out).unwrap();
+    let digest = answer["digest"].as_str().unwrap();
+    contains(&err, &[digest, " to fetch, ", " stay in the registry"]);
+    assert!(!err.contains('\r') && !err.contains('\x1b'), "{err:?}");
+    let quiet = pull(&cluster, "app:1", &["--quiet"]).output().unwrap();
+    assert!(quiet.status.success() && quiet.stderr.is_empty(), "{quiet:?}");
+    contains(&String::from_utf8(quiet.stdout).unwrap(), &[digest, "received"]);
+    let shown = on_a_terminal(&pull(&cluster, "app:1", &["--quiet"]));
+    assert!(!shown.contains("fetching") && !shown.contains("preparing"), "{shown:?}");
+    cluster.remove_all();
+    cluster.nothing_remains();
+}
+
+/// Has containerd find nobody where the snapshotter listens.
+fn without_a_snapshotter(cluster: &mut Cluster) {
+    cluster.snapshotter.kill("-TERM");
+    cluster.kill_containerd("-TERM");
+    cluster.start_containerd();
+    let refused = cluster.ctr(&["snapshot", "--snapshotter", "firstread", "prepare", "probe"]);
+    assert!(!refused.status.success());
+}
+
+#[test]
+fn a_snapshotter_that_comes_after_containerd_missed_it_is_waited_for() {
+    let mut cluster = Cluster::start(&[]);
+    cluster.publish("app", 2);
+    without_a_snapshotter(&mut cluster);
+    let mut child = pull(&cluster, "app:1", &["--json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    let waiting = said.by_ref().map(Result::unwrap).find(|line| line.contains("waiting"));
+    contains(&waiting.unwrap(), &["snapshotter.sock"]);
+    // containerd goes on not to try for a while.
+    cluster.snapshotter.resume(&cluster.node);
+    let answer: Value = serde_json::from_reader(child.stdout.take().unwrap()).unwrap();
+    assert!(child.wait().unwrap().success());
+    // Said once.
+    assert_eq!(said.map(Result::unwrap).filter(|line| line.contains("waiting")).count(), 0);
+    let image = cluster.image("app:1");
+    assert_eq!(answer["image"].as_str(), Some(image.as_str()));
+    assert_eq!(cluster.run(&image, "one", "cat /name"), "app\n");
+    cluster.remove_all();
+    cluster.nothing_remains();
+}
+
+#[test]
+fn a_snapshotter_that_does_not_come_is_an_error_with_a_next_step() {
+    let mut cluster = Cluster::start(&[]);
+    cluster.publish("app", 2);
+    without_a_snapshotter(&mut cluster);
+    let output = pull(&cluster, "app:1", &["--wait", "1"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    contains(&said, &["waiting", "after 1 s", "snapshotter.sock", "firstread doctor"]);
+    assert!(!cluster.ctr_done(&["image", "ls", "-q"]).contains("app"));
+    // Nobody waits for a containerd that is not there.
+    cluster.kill_containerd("-TERM");
+    let output = pull(&cluster, "app:1", &[]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && !said.contains("waiting"), "{said}");
+    contains(&said, &["--containerd names its socket"]);
+    cluster.start_containerd();
+    cluster.resume_snapshotter();
+    cluster.pull("app:1");
+    cluster.remove_all();
+    cluster.nothing_remains();
+}
