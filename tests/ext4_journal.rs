@@ -356,6 +356,45 @@ fn a_replay_is_what_the_kernel_makes_of_it() {
 }
 
 #[test]
+fn what_a_removed_directory_had_is_not_brought_back_over_what_has_its_blocks_now() {
+    let bed = Bed::new(20 * MIB);
+    let journal = bed.add();
+    let mount = bed.mount();
+    let synced = || rustix::fs::syncfs(File::open(mount.dir()).unwrap()).unwrap();
+    // Its blocks are in the journal, and when it goes they are revoked there.
+    let old = mount.dir().join("old");
+    fs::create_dir(&old).unwrap();
+    (0..400).for_each(|number| drop(File::create(old.join(format!("{number:0200}"))).unwrap()));
+    synced();
+    fs::remove_dir_all(&old).unwrap();
+    synced();
+    // Data take all blocks that are free; they are not in the journal.
+    let full = File::create(mount.dir().join("full")).unwrap();
+    let mut end = 0;
+    while full.write_all_at(&[7; BLOCK_SIZE], end).is_ok() {
+        end += BLOCK;
+    }
+    full.sync_all().unwrap();
+    drop(full);
+    shutdown(mount.dir(), Log::Flushed);
+    unmount(mount);
+    let log =
+        journal.place.iter().cloned().flatten().map(|at| bytes::<BLOCK_SIZE>(&bed.image(), u64::from(at) * BLOCK));
+    let kinds: Vec<u8> =
+        log.filter(|block| block[..7] == [0xc0, 0x3b, 0x39, 0x98, 0, 0, 0]).map(|block| block[7]).collect();
+    assert!(kinds.contains(&5), "a block of the journal revokes: {kinds:?}");
+
+    written_down(&bed.image(), &settled(&bed.image()).unwrap());
+    fsck(&bed.image());
+    let mount = Mount::new(&bed.image(), &bed.dir.path().join("mnt"), "ro,noload");
+    let found = fs::read(mount.dir().join("full")).unwrap();
+    assert_eq!(found.len() as u64, end);
+    let other: Vec<_> =
+        found.chunks(BLOCK_SIZE).enumerate().filter(|(_, block)| block.iter().any(|byte| *byte != 7)).collect();
+    assert!(other.is_empty(), "{} blocks are not what was written", other.len());
+}
+
+#[test]
 fn what_is_damaged_or_hostile_is_an_error_and_no_more() {
     let bed = Bed::new(40 * MIB);
     let journal = bed.add();

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::byteorder::big_endian::U32;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::Result;
@@ -24,9 +24,9 @@ const COMMIT: u32 = 2;
 const SUPERBLOCK: u32 = 4;
 const REVOKE: u32 = 5;
 
-/// Features (`JBD2_FEATURE_INCOMPAT_*`): revoke blocks, 64-bit block numbers, checksums of each block.
+/// Features (`JBD2_FEATURE_INCOMPAT_*`): revoke blocks, checksums of each block. Those of a file system without 64-bit block numbers
+/// are 32 bits wide in its journal too.
 const INCOMPAT_REVOKE: u32 = 0x1;
-const INCOMPAT_64BIT: u32 = 0x2;
 const INCOMPAT_CSUM_V3: u32 = 0x10;
 /// `JBD2_CRC32C_CHKSUM`.
 const CRC32C: u8 = 4;
@@ -132,7 +132,7 @@ pub enum Form {
 /// What `read` says, and [`Error::Invalid`](crate::Error::Invalid) for a journal that the kernel would not replay either,
 /// or one without checksums.
 pub fn replay(place: &[Range<u32>], fs: &FileSystem, read: &mut ReadBlocks<'_>) -> Result<HashMap<u32, Logged>> {
-    let mut log = Log { place, read, seed: Checksum::START, wide: false };
+    let mut log = Log { place, read, seed: Checksum::START };
     let raw: JournalSuperBlock = parse(&log.block(0)?, 0)?;
     if raw.start.get() == 0 {
         return Ok(HashMap::new());
@@ -144,7 +144,7 @@ pub fn replay(place: &[Range<u32>], fs: &FileSystem, read: &mut ReadBlocks<'_>) 
     let is_known = raw.header.magic == MAGIC
         && raw.header.kind.get() == SUPERBLOCK
         && raw.block_size.get() == BLOCK_SIZE as u32
-        && features & !(INCOMPAT_REVOKE | INCOMPAT_64BIT) == INCOMPAT_CSUM_V3
+        && features & !INCOMPAT_REVOKE == INCOMPAT_CSUM_V3
         && raw.checksum_type == CRC32C;
     if !is_known {
         return Err(damaged("its journal is of a kind that firstread does not replay"));
@@ -160,7 +160,6 @@ pub fn replay(place: &[Range<u32>], fs: &FileSystem, read: &mut ReadBlocks<'_>) 
         return Err(damaged("its journal was given up after an error"));
     }
     log.seed = Checksum::START.add(&raw.uuid);
-    log.wide = features & INCOMPAT_64BIT != 0;
     log.replay(&in_log, raw.start.get(), raw.sequence.get(), fs)
 }
 
@@ -168,8 +167,6 @@ struct Log<'a, 'b> {
     place: &'a [Range<u32>],
     read: &'a mut ReadBlocks<'b>,
     seed: Checksum,
-    /// Whether revoke blocks have 64-bit numbers.
-    wide: bool,
 }
 
 /// What a transaction does, until it is known to be complete.
@@ -244,7 +241,7 @@ impl Log<'_, '_> {
                     if !self.is_sealed(&block, TAIL) {
                         transaction.doubt = Some("a block of its journal has the wrong checksum");
                     }
-                    transaction.revoked.extend(self.revoked(&block)?);
+                    transaction.revoked.extend(revoked(&block)?);
                 }
                 COMMIT => {
                     if !self.is_sealed(&block, COMMIT_CHECKSUM) {
@@ -296,19 +293,15 @@ impl Log<'_, '_> {
         let Some((stored, after)) = rest.split_first_chunk() else { return false };
         self.seed.add(before).add(&[0; 4]).add(after).value() == u32::from_be_bytes(*stored)
     }
+}
 
-    /// The blocks that a revoke block names. Its length, in bytes, is behind the header.
-    fn revoked(&self, block: &Block) -> Result<Vec<u32>> {
-        let wrong = || damaged("a revoke block of its journal is out of bounds");
-        let from = size_of::<Header>() + 4;
-        let used: U32 = parse(block, size_of::<Header>())?;
-        let records = block.get(from..used.get() as usize).filter(|_| used.get() as usize <= TAIL).ok_or_else(wrong)?;
-        if self.wide {
-            let all = records.as_chunks::<8>().0.iter().map(|bytes| U64::from_bytes(*bytes).get());
-            return all.map(|block| u32::try_from(block).map_err(|_| wrong())).collect();
-        }
-        Ok(records.as_chunks::<4>().0.iter().map(|bytes| u32::from_be_bytes(*bytes)).collect())
-    }
+/// The blocks that a revoke block names. Its length, in bytes, is behind the header.
+fn revoked(block: &Block) -> Result<Vec<u32>> {
+    let from = size_of::<Header>() + 4;
+    let used = parse::<U32>(block, size_of::<Header>())?.get() as usize;
+    let records = block.get(from..used).filter(|_| used <= TAIL);
+    let records = records.ok_or_else(|| damaged("a revoke block of its journal is out of bounds"))?;
+    Ok(records.as_chunks::<4>().0.iter().map(|bytes| u32::from_be_bytes(*bytes)).collect())
 }
 
 /// The tags of a descriptor block; behind one of another journal's UUID there is that.
