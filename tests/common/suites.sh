@@ -83,3 +83,17 @@ TOML
         { tail -n 30 "$work/fsx"; return 1; }
     rm -rf "$work"
 }
+
+# has_journal DEVICE JOURNAL: whether its file system is as --journal says of one that is kept: auto or none.
+has_journal() {
+    local found=none
+    ! dumpe2fs -h "$1" 2>/dev/null | grep -q '^Filesystem features:.* has_journal' || found=auto
+    [ "$found" = "$2" ] || { echo "$1: a journal was wanted: $2, found: $found"; return 1; }
+}
+
+# no_more PLAIN OURS: whether nothing fails on ours but what fails on the plain one.
+no_more() {
+    local more
+    more=$(comm -13 "$1" "$2")
+    [ -z "$more" ] || { echo "these fail on our device alone:"; echo "$more"; return 1; }
+}
