@@ -59,7 +59,8 @@ impl<'a> Allocation<'a> {
         let blocks = self.fs.raw.blocks_count.get();
         let inside = |at: u32, len: u32| at > 0 && at.checked_add(len).is_some_and(|end| end <= blocks);
         let table = descriptor.inode_table.get();
-        if !inside(descriptor.block_bitmap.get(), 1) || !inside(table, self.fs.table_blocks) {
+        let bitmaps = [descriptor.block_bitmap.get(), descriptor.inode_bitmap.get()];
+        if !bitmaps.into_iter().all(|at| inside(at, 1)) || !inside(table, self.fs.table_blocks) {
             return Err(damaged("a group's bitmap or inode table is behind its end"));
         }
         Ok(descriptor)
