@@ -7,7 +7,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::remove_file;
+use super::directory::remove_file;
 use crate::chunk::Digest;
 use crate::error::{Error, Result};
 use crate::media::MediaDir;

@@ -4,8 +4,8 @@
 use std::io;
 use std::ops::Range;
 
+use super::directory::remove_file;
 use super::map::BlockMap;
-use super::remove_file;
 use crate::media::{Media, MediaDir};
 
 pub(super) const NAME: &str = "live";

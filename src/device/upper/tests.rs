@@ -1,9 +1,11 @@
 #![allow(clippy::unwrap_used)]
 
+use std::fs;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
 use crate::chunk::Digest;
+use crate::media::{Directory, MediaDir};
 
 fn lower(name: &str, device_bytes: u64) -> LowerIdentity {
     let (contents, manifest) = (Digest::of(name.as_bytes()), Digest::of(b"manifest"));
