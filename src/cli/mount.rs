@@ -2,7 +2,6 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use rustix::mount::UnmountFlags;
@@ -13,10 +12,6 @@ use super::connect::connect;
 use super::options::{Context, absolute};
 use crate::daemon::control::{Call, DeviceInfo, InUse, Kind, Lifetime, Problem, State};
 use crate::daemon::{attachment::is_stale, mounts};
-
-/// How long copies of a mount in other namespaces are waited for: whoever makes a container has one of every mount, until it has
-/// left the old root.
-const COPIES: Duration = Duration::from_secs(5);
 
 /// Arguments of `mount`.
 #[derive(Debug, Args)]
@@ -96,18 +91,11 @@ impl Umount {
             unmount(&dir)?;
         }
         if let (Some(client), Some(device)) = (&mut client, &device) {
-            let begun = Instant::now();
-            loop {
-                match client.call::<DeviceInfo>(Call::Detach { target: device.id.clone(), in_use: InUse::Refuse }) {
-                    Ok(_) => break,
-                    // It was lost, and unmounting it was all that kept it.
-                    Err(problem) if problem.kind == Kind::NotFound && device.state == State::Lost => break,
-                    // What is mounted still is a copy in another namespace.
-                    Err(problem) if problem.kind == Kind::Busy && begun.elapsed() < COPIES => {
-                        std::thread::sleep(Duration::from_millis(50));
-                    }
-                    Err(problem) => return Err(problem),
-                }
+            // Whoever makes a container has a copy of every mount, until it has left the old root.
+            match client.call::<DeviceInfo>(Call::Detach { target: device.id.clone(), in_use: InUse::Wait }) {
+                // It was lost, and unmounting it was all that kept it.
+                Err(problem) if problem.kind == Kind::NotFound && device.state == State::Lost => {}
+                done => drop(done?),
             }
         }
         context.output.answer(&device, |_| String::new())

@@ -185,15 +185,15 @@ impl Attachment {
     /// [`Error::Busy`] that names who uses it, unless they are to be abandoned.
     pub fn detach(&mut self, in_use: InUse) -> Result<()> {
         match (self, in_use) {
-            (Self::Ublk(attachment), InUse::Refuse) => attachment.detach(Users::Respect),
             (Self::Ublk(attachment), InUse::Abandon) => attachment.detach(Users::Fail),
-            (Self::Nbd(attachment), InUse::Refuse) => attachment.detach(),
             (Self::Nbd(attachment), InUse::Abandon) => attachment.fail(),
-            (Self::Loop(attachment), InUse::Refuse) => attachment.detach(),
             (Self::Loop(attachment), InUse::Abandon) => {
                 attachment.fail();
                 Ok(())
             }
+            (Self::Ublk(attachment), _) => attachment.detach(Users::Respect),
+            (Self::Nbd(attachment), _) => attachment.detach(),
+            (Self::Loop(attachment), _) => attachment.detach(),
         }
     }
 }
@@ -235,7 +235,7 @@ pub fn is_held(lost: &DeviceInfo) -> bool {
 /// [`Error::Busy`] that names who does, unless they are to be abandoned; or what the system says.
 pub fn release_lost(lost: &DeviceInfo, in_use: InUse, config: &Config) -> Result<()> {
     let holders = holders_of(lost);
-    if in_use == InUse::Refuse && !holders.is_empty() {
+    if in_use != InUse::Abandon && !holders.is_empty() {
         let (device, by) = (lost.device.display(), describe(&holders));
         return Err(Error::Busy(format!("{device} lost its server and is still in use: {by}")));
     }

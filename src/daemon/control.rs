@@ -194,6 +194,8 @@ pub enum InUse {
     /// Keep them.
     #[default]
     Refuse,
+    /// Keep them if they are in use for long: what is ending, and copies of a mount in other namespaces, go by themselves.
+    Wait,
     /// Take them away all the same: their readers get errors.
     Abandon,
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
 
@@ -171,7 +171,17 @@ impl Node {
     /// There is no such device, or somebody uses it.
     pub async fn detach(&self, target: &str, in_use: InUse) -> std::result::Result<DeviceInfo, Problem> {
         let entry = self.devices.find(target)?;
-        self.detach_entry(entry, in_use).await
+        let (mut stopping, deadline) = (self.stopping(), Instant::now() + LEAVING);
+        loop {
+            let done = self.detach_entry(Arc::clone(&entry), in_use).await;
+            let is_busy = done.as_ref().is_err_and(|problem| problem.kind == Kind::Busy);
+            if !is_busy || in_use != InUse::Wait || Instant::now() >= deadline {
+                return done;
+            }
+            if tokio::time::timeout(PAUSE, stopping.wait_for(|&stopping| stopping)).await.is_ok() {
+                return done;
+            }
+        }
     }
 
     async fn detach_entry(&self, entry: Arc<Entry>, in_use: InUse) -> std::result::Result<DeviceInfo, Problem> {
@@ -474,6 +484,10 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
         Err(_) => Err(Error::Stopping("the daemon".to_owned())),
     }
 }
+
+/// How long it may take those to go who are leaving a device anyway, and how often that is looked at.
+const LEAVING: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// How long the daemon waits for its clients when it stops.
 pub const FAREWELL: Duration = Duration::from_secs(5);

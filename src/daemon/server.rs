@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -26,9 +25,6 @@ use crate::error::{Error, Result};
 
 /// Connections at a time.
 const CONNECTIONS: usize = 256;
-/// Pauses in milliseconds before a device in use is tried again whose client is gone.
-const ENDING: [u64; 6] = [20, 80, 300, 1000, 3000, 5000];
-
 /// Requests of one connection at a time; further ones wait.
 const REQUESTS: usize = 64;
 
@@ -258,24 +254,10 @@ impl Connection {
 
     /// Detaches a device that nobody wants any more. What the client ran may still be ending, with a mount of its own.
     async fn abandon(&self, id: &str) {
-        let mut stopping = self.node.stopping();
-        let mut pauses = ENDING.iter();
-        loop {
-            match (self.node.detach(id, InUse::Refuse).await, pauses.next()) {
-                (Ok(_), _) => tracing::info!("{id} was detached: the client that wanted it is gone"),
-                (Err(problem), _) if problem.kind == Kind::NotFound => {}
-                (Err(problem), Some(&pause)) if problem.kind == Kind::Busy => {
-                    let pause = Duration::from_millis(pause);
-                    if tokio::time::timeout(pause, stopping.wait_for(|&stopping| stopping)).await.is_err() {
-                        continue;
-                    }
-                    tracing::warn!("{id} stays: {problem}");
-                }
-                (Err(problem), _) => {
-                    tracing::warn!("{id} stays, though the client that wanted it is gone: {problem}");
-                }
-            }
-            return;
+        match self.node.detach(id, InUse::Wait).await {
+            Ok(_) => tracing::info!("{id} was detached: the client that wanted it is gone"),
+            Err(problem) if problem.kind == Kind::NotFound => {}
+            Err(problem) => tracing::warn!("{id} stays, though the client that wanted it is gone: {problem}"),
         }
     }
 }
