@@ -118,13 +118,38 @@ fn a_running_container_s_changes_are_a_layer_and_an_image_with_it_is_as_lazy_as_
     cluster.remove_all();
     cluster.nothing_remains();
 
+    // A device would show nothing of the layer.
+    let (name, at) = (cluster.image("app:committed"), cluster.node.mount_point("mnt"));
+    let mount = ["mount", &name, at.to_str().unwrap()];
+    for verb in [&mount[..], &["attach", &name], &["export", &name, "--nbd", "tcp:127.0.0.1:0"]] {
+        let said = cluster.node.fails(1, verb);
+        assert!(said.contains("an ordinary layer above") && said.contains("firstread pull"), "{verb:?}: {said}");
+    }
+    assert_eq!(cluster.node.json(&["list"]).as_array().unwrap().len(), 0);
+    assert_eq!(cluster.node.json(&["inspect", &name])["ordinary_layers"], 1);
+    cluster.node.done(&[&mount[..], &["--base-only"]].concat());
+    assert_eq!(fs::read_to_string(at.join("name")).unwrap(), "app\n");
+    let profile = cluster.node.path().join("profile").display().to_string();
+    cluster.node.done(&["profile", at.to_str().unwrap(), "-o", &profile]);
+    cluster.node.done(&["umount", at.to_str().unwrap()]);
+    // A start-up pack leaves the layer where it is.
+    let fast = cluster.image("app:fast");
+    let optimized = Command::new(env!("CARGO_BIN_EXE_firstread"))
+        .args(["optimize", &name, &fast, "--profile", &profile, "--quiet"])
+        .output()
+        .unwrap();
+    assert!(optimized.status.success(), "{}", String::from_utf8_lossy(&optimized.stderr));
+
     let shows = "cat /new /name; cat /data/0 || echo gone; cat /data/1 > /copy";
     let from = cluster.mark();
     cluster.pull("app:committed");
     no_pack(&cluster, "app:committed", from);
     let image = cluster.image("app:committed");
     assert_eq!(cluster.run(&image, "two", shows), "new\nchanged\ngone\n");
-    assert_eq!(cluster.node.json(&["list"]).as_array().unwrap().len(), 1);
+    cluster.pull("app:fast");
+    assert_eq!(cluster.run(&fast, "fast", shows), "new\nchanged\ngone\n");
+    let devices = cluster.node.json(&["list"]);
+    assert_eq!(devices.as_array().unwrap().len(), 2, "{devices}");
     cluster.remove_all();
     cluster.nothing_remains();
 

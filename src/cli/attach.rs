@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::connect::connect_or_start;
-use super::options::{AccessOptions, Context, WriteOptions};
+use super::options::{AccessOptions, Context, LayerOptions, WriteOptions};
 use super::{Outcome, reference};
 use crate::daemon::client::Client;
 use crate::daemon::config::Patience;
@@ -31,6 +31,8 @@ pub struct AttachOptions {
     /// Read-ahead of the device in KiB until its program is ready [default: what its start was recorded with, or 128]
     #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(0..=16384))]
     pub read_ahead: Option<u32>,
+    #[command(flatten)]
+    pub layers: LayerOptions,
     #[command(flatten)]
     pub write: WriteOptions,
     #[command(flatten)]
@@ -72,6 +74,7 @@ pub fn request(
         read_ahead_kb,
         writable,
         lifetime,
+        ordinary: options.layers.ordinary(),
     }))?;
     if !attached.passed_over.is_empty() {
         let reasons = attached.passed_over.join("; ");

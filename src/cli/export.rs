@@ -8,7 +8,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::connect::connect_or_start;
-use super::options::{AccessOptions, Context, WriteOptions, absolute};
+use super::options::{AccessOptions, Context, LayerOptions, WriteOptions, absolute};
 use super::{Outcome, reference};
 use crate::daemon::client::Closer;
 use crate::daemon::config::Patience;
@@ -27,6 +27,8 @@ pub struct Export {
     /// How long reads wait for unreachable sources: seconds, or `wait` for ever [default: the daemon's setting]
     #[arg(long, value_name = "TIME")]
     on_outage: Option<Patience>,
+    #[command(flatten)]
+    layers: LayerOptions,
     #[command(flatten)]
     write: WriteOptions,
     #[command(flatten)]
@@ -98,6 +100,7 @@ impl Export {
             access,
             on_outage: self.on_outage,
             writable,
+            ordinary: self.layers.ordinary(),
             serve,
         }));
         let outcome = exported.and_then(|exported| {

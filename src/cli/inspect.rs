@@ -38,6 +38,8 @@ struct Inspection {
     plain_bytes: u64,
     stored_bytes: u64,
     index_bytes: u64,
+    /// Ordinary layers above firstread's, of which nothing is said here.
+    ordinary_layers: usize,
     /// The dm-verity tree on the device, if it has one.
     verity: Option<VerityTree>,
     packs: Vec<Pack>,
@@ -143,6 +145,7 @@ fn inspect(image: &Image) -> Inspection {
         plain_bytes,
         stored_bytes: chunk_bytes,
         index_bytes: image.layers.index.index_bytes,
+        ordinary_layers: image.layers.ordinary,
         verity: image.layers.index.verity.map(|verity| VerityTree { root: verity.root.hex(), offset: verity.offset }),
         packs,
     }
@@ -159,6 +162,10 @@ fn text(found: &Inspection) -> String {
         ("stored", size(found.stored_bytes)),
         ("index", size(found.index_bytes)),
     ]);
+    if found.ordinary_layers > 0 {
+        text.push('\n');
+        text.push_str(&fields([("ordinary layers", format!("{}, above what is said here", found.ordinary_layers))]));
+    }
     if let Some(verity) = &found.verity {
         text.push('\n');
         text.push_str(&fields([("verity root", verity.root.clone()), ("verity offset", verity.offset.to_string())]));

@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 use super::Outcome;
 use super::output::Output;
 use crate::daemon::config::{self, Config, Layer, RegistryLayer, Size, Switch};
-use crate::daemon::control::{Kind, Problem, SourceAccess};
+use crate::daemon::control::{Kind, OrdinaryLayers, Problem, SourceAccess};
 use crate::daemon::uppers::{Journal, Place, Writable};
 use crate::source::BlobPlace;
 
@@ -96,6 +96,25 @@ impl WriteOptions {
             None => return Ok(None),
         };
         Ok(Some(Writable { place, size: self.size.map(|size| size.0), journal: self.journal.unwrap_or_default() }))
+    }
+}
+
+/// What is shown of an image with ordinary layers.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct LayerOptions {
+    /// Of an image with ordinary layers above firstread's, such as a container's commit makes, take what is below them
+    #[arg(long)]
+    pub base_only: bool,
+}
+
+impl LayerOptions {
+    /// What the daemon is asked for.
+    #[must_use]
+    pub fn ordinary(self) -> OrdinaryLayers {
+        match self.base_only {
+            true => OrdinaryLayers::LeaveOut,
+            false => OrdinaryLayers::Refuse,
+        }
     }
 }
 

@@ -239,6 +239,20 @@ pub struct Attach {
     pub writable: Option<Writable>,
     /// Who keeps the device.
     pub lifetime: Lifetime,
+    /// What to do about ordinary layers.
+    #[serde(default)]
+    pub ordinary: OrdinaryLayers,
+}
+
+/// What to do about an image's ordinary layers, of which a device shows nothing: a container's commit puts one on top.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OrdinaryLayers {
+    /// The image is refused.
+    #[default]
+    Refuse,
+    /// The device has what is below them.
+    LeaveOut,
 }
 
 /// How long a device stays attached.
@@ -308,6 +322,9 @@ pub struct Export {
     /// A device that can be written; otherwise it can't.
     #[serde(default)]
     pub writable: Option<Writable>,
+    /// What to do about ordinary layers.
+    #[serde(default)]
+    pub ordinary: OrdinaryLayers,
     /// How and where.
     #[serde(flatten)]
     pub serve: Serve,

@@ -10,7 +10,7 @@ use super::attachment::{self, Attachment, Transport, Transports};
 use super::config::{Config, Patience};
 use super::control::{
     Attach, Attached, ByteCounts, ChunkCounts, DeviceInfo, Export, Exported, Health, HealthState, Hello, InUse, Kind,
-    Problem, Serve, SourceAccess, SourceStatus, State, Status, Stopped, Waits,
+    OrdinaryLayers, Problem, Serve, SourceAccess, SourceStatus, State, Status, Stopped, Waits,
 };
 use super::devices::{Devices, Entry, Served, still_held};
 use super::exports::Serving;
@@ -103,7 +103,9 @@ impl Node {
     pub async fn attach(&self, request: &Attach) -> std::result::Result<Attached, Problem> {
         self.accepting()?;
         let mut choice = attachment::choose(&request.transport, &self.transports)?;
-        let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
+        let image = self.open_image(&request.reference, &request.access, request.on_outage).await?;
+        shown_whole(&image, request.ordinary)?;
+        let device = self.device_of(&image);
         let reserved = self.devices.reserve(&name_of(&image.reference));
         let opened = match &request.writable {
             Some(writable) => Some(self.new_upper(&image, &device, writable, reserved.id()).await?),
@@ -269,7 +271,9 @@ impl Node {
     /// An image that can't be opened, or an address that can't be bound.
     pub async fn export(&self, request: &Export) -> std::result::Result<(Exported, Serving), Problem> {
         self.accepting()?;
-        let (image, device) = self.open_device(&request.reference, &request.access, request.on_outage).await?;
+        let image = self.open_image(&request.reference, &request.access, request.on_outage).await?;
+        shown_whole(&image, request.ordinary)?;
+        let device = self.device_of(&image);
         let name = image.reference.to_string();
         let digest = image.manifest_digest.to_string();
         let opened = match &request.writable {
@@ -372,19 +376,48 @@ impl Node {
         access: &SourceAccess,
         on_outage: Option<Patience>,
     ) -> Result<(Arc<Image>, Arc<ImageDevice>)> {
-        let reference: Reference = reference.parse()?;
-        let image = self.images.open(&reference, access, on_outage).await?;
+        let image = self.open_image(reference, access, on_outage).await?;
+        let device = self.device_of(&image);
+        Ok((image, device))
+    }
+
+    async fn open_image(
+        &self,
+        reference: &str,
+        access: &SourceAccess,
+        on_outage: Option<Patience>,
+    ) -> Result<Arc<Image>> {
+        self.images.open(&reference.parse()?, access, on_outage).await
+    }
+
+    fn device_of(&self, image: &Arc<Image>) -> Arc<ImageDevice> {
         let map = Map::new(Arc::clone(&image.index));
         let device =
             ImageDevice::new(map, Arc::clone(&image.origin), Arc::clone(&self.fetcher), Arc::clone(&self.pool));
         // Before the device has its first reader.
         device.prefetch(self.config.prefetch);
-        Ok((image, device))
+        device
     }
 
     pub(super) fn accepting(&self) -> Result<()> {
         if *self.stop.borrow() { Err(Error::Stopping("the daemon".to_owned())) } else { Ok(()) }
     }
+}
+
+/// Refuses an image of which a device shows a part only, unless that is what is wanted.
+fn shown_whole(image: &Image, wanted: OrdinaryLayers) -> std::result::Result<(), Problem> {
+    let layers = match (image.layers.ordinary, wanted) {
+        (0, _) | (_, OrdinaryLayers::LeaveOut) => return Ok(()),
+        (1, OrdinaryLayers::Refuse) => "an ordinary layer".to_owned(),
+        (count, OrdinaryLayers::Refuse) => format!("{count} ordinary layers"),
+    };
+    let reference = &image.reference;
+    let message =
+        format!("{reference} has {layers} above firstread's, as a container's commit makes, which no device shows");
+    Err(Problem::new(Kind::Unsupported, message).hint(
+        "containers show all of it: `firstread pull` it, then run it with containerd's snapshotter \"firstread\"; --base-only \
+         takes the image without those layers",
+    ))
 }
 
 /// Closes the upper of a device that did not come about.

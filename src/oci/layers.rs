@@ -38,6 +38,8 @@ pub struct Layers {
     pub packs: Vec<(Role, Digest, u64)>,
     /// The index layer.
     pub index: IndexLayer,
+    /// How many ordinary layers there are besides, such as a container's commit puts on top. A device shows nothing of them.
+    pub ordinary: usize,
 }
 
 impl Layers {
@@ -49,8 +51,12 @@ impl Layers {
     pub fn of(manifest: &ImageManifest) -> Result<Self> {
         let mut packs = Vec::new();
         let mut index = None;
+        let mut ordinary = 0;
         for (number, layer) in manifest.layers().iter().enumerate() {
-            let Some(role) = text(layer, annotation::ROLE) else { continue };
+            let Some(role) = text(layer, annotation::ROLE) else {
+                ordinary += 1;
+                continue;
+            };
             match text(layer, annotation::VERSION) {
                 Some(annotation::VERSION_1) => {}
                 found => {
@@ -75,7 +81,7 @@ impl Layers {
         let index = index.ok_or_else(|| {
             Error::Unsupported("this is not a firstread image; convert it with `firstread build`".to_owned())
         })?;
-        Ok(Self { packs, index })
+        Ok(Self { packs, index, ordinary })
     }
 }
 

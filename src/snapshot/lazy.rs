@@ -15,7 +15,9 @@ use rustix::mount::UnmountFlags;
 use super::failure::Failure;
 use super::record::Found;
 use crate::daemon::client::Client;
-use crate::daemon::control::{Attach, Attached, Call, DeviceInfo, InUse, Kind, Lifetime, Problem, SourceAccess, State};
+use crate::daemon::control::{
+    Attach, Attached, Call, DeviceInfo, InUse, Kind, Lifetime, OrdinaryLayers, Problem, SourceAccess, State,
+};
 use crate::daemon::images::index_cache;
 use crate::daemon::mounts;
 use crate::daemon::uppers::{Journal, Place, Writable};
@@ -193,6 +195,8 @@ impl Devices {
             read_ahead_kb: None,
             writable,
             lifetime: Lifetime::Tentative,
+            // Those are snapshots of their own, which containerd puts on top.
+            ordinary: OrdinaryLayers::LeaveOut,
         };
         Ok(client.call(Call::Attach(attach))?)
     }

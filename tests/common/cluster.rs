@@ -187,13 +187,17 @@ conf_dir = "{at}/cni"
                 .unwrap();
             assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
         }
+        self.build(&self.image(&format!("{name}:plain")), &self.image(&format!("{name}:1")));
+        let _ = fs::remove_dir_all(layout);
+    }
+
+    /// Makes a firstread image.
+    pub fn build(&self, source: &str, destination: &str) {
         let built = Command::new(env!("CARGO_BIN_EXE_firstread-build"))
-            .args(["build", "--level", "1", "--no-cache", "--quiet", &self.image(&format!("{name}:plain"))])
-            .arg(self.image(&format!("{name}:1")))
+            .args(["build", "--level", "1", "--no-cache", "--quiet", source, destination])
             .output()
             .unwrap();
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let _ = fs::remove_dir_all(layout);
     }
 
     /// A container's id that no other test has: runc keeps all of a machine's in one place.

@@ -118,11 +118,17 @@ impl Publisher<'_> {
         let mut roles = vec![(annotation::ROLE_STARTUP.to_owned(), json!(written.diff_id.to_string()))];
         let needed: Vec<Digest> =
             crate::index::Index::from_bytes(index.clone())?.blobs().map(|blob| blob.digest).collect();
+        // Ordinary layers, as a container's commit makes: above the index, which hides what is below it.
+        let mut above = Vec::new();
         let mut last = None;
         for (old, id) in old_layers.iter().zip(&old_ids) {
             let role = old["annotations"][annotation::ROLE].as_str().unwrap_or_default();
             let digest = digest_of(old)?;
             match role {
+                "" => {
+                    self.carry(&digest, bytes_of(old)?)?;
+                    above.push((old.clone(), id.clone()));
+                }
                 annotation::ROLE_INDEX => last = Some(old.clone()),
                 // The start-up pack before this one, unless its chunks are in use as ordinary ones.
                 annotation::ROLE_STARTUP if digest == written.digest || !needed.contains(&digest) => {}
@@ -143,6 +149,10 @@ impl Publisher<'_> {
         last["annotations"][annotation::INDEX_BYTES] = json!(index.len().to_string());
         layers.push(last);
         roles.push((annotation::ROLE_INDEX.to_owned(), json!(index_written.diff_id.to_string())));
+        for (old, id) in above {
+            layers.push(old);
+            roles.push((String::new(), id));
+        }
 
         relayer(&mut config, &roles);
         let config = canonical_json(&config)?;
