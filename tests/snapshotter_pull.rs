@@ -50,8 +50,9 @@ fn a_pull_shows_what_it_resolved_fetches_and_prepares() {
     let manifest = cluster.manifest("app:1");
     let layers = manifest["layers"].as_array().unwrap();
     let shown = on_a_terminal(&pull(&cluster, "app:1", &[]));
-    let all = format!("/{}", layers.len());
-    contains(&shown, &["\r", "is sha256:", " to fetch, ", "fetching", "preparing snapshots", &all, "received"]);
+    contains(&shown, &["\r", "is sha256:", " to fetch, ", "fetching", "preparing snapshots", "received"]);
+    let counted = (1..=layers.len()).any(|done| shown.contains(&format!(" {done}/{}", layers.len())));
+    assert!(counted, "{shown:?}");
     // The last that was drawn is gone when the answer comes.
     let answer = shown.rsplit('\n').find(|line| line.contains("received")).unwrap();
     assert!(!answer.contains("preparing"), "{answer:?}");

@@ -135,7 +135,16 @@ impl Context {
     /// # Errors
     /// Settings that are malformed.
     pub fn new(global: Global) -> Outcome<Self> {
-        let config = config::load(global.layer(), global.config.as_deref())?;
+        let flags = global.layer();
+        Self::of(global, flags)
+    }
+
+    /// The context of a verb that has flags for settings of its own, all of which are in `flags`.
+    ///
+    /// # Errors
+    /// As of [`new`](Self::new).
+    pub fn of(global: Global, flags: Layer) -> Outcome<Self> {
+        let config = config::load(flags, global.config.as_deref())?;
         start_log(global.log.as_deref().unwrap_or("warn"))?;
         let output = Output::new(global.json, global.quiet);
         Ok(Self { config, config_file: global.config, output })

@@ -17,8 +17,6 @@ use crate::oci::Reference;
 use crate::snapshot::api::Api;
 use crate::snapshot::pull::{self, Pulled, Step, Tell, refused};
 
-/// Where containerd listens when nobody says otherwise.
-pub const CONTAINERD: &str = "/run/containerd/containerd.sock";
 /// What containerd's configuration calls the snapshotter when nobody says otherwise.
 pub const SNAPSHOTTER: &str = "firstread";
 
@@ -34,9 +32,9 @@ pub struct Pull {
     /// What containerd's configuration calls firstread's snapshotter
     #[arg(long, value_name = "NAME", default_value = SNAPSHOTTER)]
     snapshotter: String,
-    /// containerd's socket
-    #[arg(long, value_name = "SOCK", default_value = CONTAINERD)]
-    containerd: PathBuf,
+    /// containerd's socket [setting snapshotter.containerd; default: /run/containerd/containerd.sock]
+    #[arg(long, value_name = "SOCK")]
+    containerd: Option<PathBuf>,
     /// First remove the image from containerd and collect what only it needs: mends an image of which the snapshotter
     /// lost something ("not found", "already exists", damaged records)
     #[arg(long)]
@@ -75,7 +73,7 @@ impl Pull {
         };
         let shown = Mutex::new(Shown::new(context.output, &self.reference));
         let tell: Tell = Arc::new(move |step| shown.lock().show(step));
-        let socket = absolute(&self.containerd)?;
+        let socket = absolute(self.containerd.as_deref().unwrap_or(&context.config.snapshotter.containerd))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()

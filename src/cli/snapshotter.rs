@@ -8,33 +8,38 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Outcome;
 use super::connect::connect_or_start;
-use super::options::{AccessOptions, Context, Global, absolute, start_log};
-use crate::daemon::config::{self, Size};
+use super::options::{AccessOptions, Context, Global, start_log};
+use crate::daemon::config::{self, Layer, MountKind, Name, Size, SnapshotterLayer, TransportChoice};
 use crate::daemon::control::{Kind, Problem};
-use crate::snapshot::{Daemon, MountKind, Options, Snapshotter as Service, bind, serve};
+use crate::snapshot::{Daemon, Options, Snapshotter as Service, bind, serve};
 
 /// Arguments of the verb.
 #[derive(Debug, Args)]
 pub struct Snapshotter {
-    /// The socket that containerd's configuration names [default: snapshotter.sock in the run directory]
+    /// The socket that containerd's configuration names [setting snapshotter.listen; default: snapshotter.sock in the run
+    /// directory]
     #[arg(long, value_name = "SOCK")]
     listen: Option<PathBuf>,
-    /// containerd's own socket: it is asked where images come from
-    #[arg(long, value_name = "SOCK", default_value = super::pull::CONTAINERD)]
-    containerd: PathBuf,
-    /// What containers get: an overlay (runc), or a block device of their own (Kata); the label
-    /// containerd.io/snapshot/firstread/mount of a container's snapshot says otherwise
-    #[arg(long, value_name = "KIND", default_value = "overlay", value_parser = ["overlay", "block"])]
-    mounts: String,
+    /// containerd's own socket: it is asked where images come from [setting snapshotter.containerd; default:
+    /// /run/containerd/containerd.sock]
+    #[arg(long, value_name = "SOCK")]
+    containerd: Option<PathBuf>,
+    /// What containers get: an `overlay` (runc), or a `block` device of their own (Kata); the label
+    /// containerd.io/snapshot/firstread/mount of a container's snapshot says otherwise [setting snapshotter.mounts; default:
+    /// overlay]
+    #[arg(long, value_name = "KIND")]
+    mounts: Option<MountKind>,
     /// Size of containers' block devices, where it is larger than the image's: room that costs nothing until it is written
+    /// [setting snapshotter.size]
     #[arg(long, value_name = "SIZE")]
     size: Option<Size>,
-    /// Name of its state in the root directory; each of several snapshotters needs its own
-    #[arg(long, value_name = "NAME", default_value = "default")]
-    name: String,
-    /// How the kernel sees devices
-    #[arg(long, default_value = "auto", value_name = "TRANSPORT", value_parser = ["auto", "ublk", "nbd", "loop"])]
-    transport: String,
+    /// Name of its state in the root directory; each of several snapshotters needs its own [setting snapshotter.name;
+    /// default: default]
+    #[arg(long, value_name = "NAME")]
+    name: Option<Name>,
+    /// How the kernel sees devices: auto, ublk, nbd or loop [setting snapshotter.transport; default: auto]
+    #[arg(long, value_name = "TRANSPORT")]
+    transport: Option<TransportChoice>,
     #[command(flatten)]
     access: AccessOptions,
 }
@@ -46,24 +51,21 @@ impl Snapshotter {
     /// What keeps it from starting.
     pub fn run(self, global: Global) -> Outcome {
         // Unlike other verbs it is a service, with a log of its own.
-        start_log(&config::load(global.layer(), global.config.as_deref())?.log)?;
-        let context = Context::new(global)?;
-        let mounts = MountKind::named(&self.mounts).unwrap_or(MountKind::Overlay);
-        if self.name.is_empty() || self.name.contains('/') || self.name.starts_with('.') {
-            return Err(Problem::new(Kind::Usage, format!("the name {:?}: a plain word is needed", self.name)));
-        }
+        let Self { listen, containerd, mounts, size, name, transport, access } = self;
+        let flags = SnapshotterLayer { listen, containerd, mounts, size, name, transport };
+        let flags = Layer { snapshotter: flags, ..global.layer() };
+        start_log(&config::load(flags.clone(), global.config.as_deref())?.log)?;
+        let context = Context::of(global, flags)?;
+        let settings = context.config.snapshotter.clone();
         let options = Options {
-            state: context.config.root.join("snapshotter").join(&self.name),
-            containerd: absolute(&self.containerd)?,
-            mounts,
-            size: self.size.map(|size| size.0),
-            access: context.access(&self.access)?,
-            transport: self.transport.clone(),
+            state: context.config.root.join("snapshotter").join(&settings.name),
+            containerd: settings.containerd,
+            mounts: settings.mounts,
+            size: settings.size.map(|size| size.0),
+            access: context.access(&access)?,
+            transport: settings.transport.0,
         };
-        let socket = match &self.listen {
-            Some(socket) => absolute(socket)?,
-            None => absolute(&context.config.run)?.join("snapshotter.sock"),
-        };
+        let socket = settings.listen;
         let run = context.config.run.clone();
         // A daemon that is started from here must outlive this process.
         let daemon = Daemon { run, start: Arc::new(move || connect_or_start(&context)) };

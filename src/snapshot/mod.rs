@@ -24,4 +24,4 @@ pub mod wire;
 pub use lazy::Daemon;
 pub use record::{damaged, uppers};
 pub use server::{bind, serve};
-pub use service::{MountKind, Options, Snapshotter};
+pub use service::{Options, Snapshotter};

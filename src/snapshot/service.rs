@@ -24,6 +24,7 @@ use super::wire::snapshots::{
 };
 use super::wire::{Labels, Mount};
 use crate::chunk::Digest;
+use crate::daemon::config::MountKind;
 use crate::daemon::control::SourceAccess;
 use crate::error::Result;
 use crate::fetch;
@@ -37,27 +38,6 @@ const MOUNT: &str = "containerd.io/snapshot/firstread/mount";
 const PAGE: usize = 100;
 /// How long a device that was in use is left alone before it is tried to be detached again.
 const AGAIN: Duration = Duration::from_secs(5);
-
-/// What containers get to mount.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MountKind {
-    /// An overlay over the image's device, which all its containers share: for runc.
-    Overlay,
-    /// A block device of their own, which they can write to: for Kata's virtual machines.
-    Block,
-}
-
-impl MountKind {
-    /// The kind with this name.
-    #[must_use]
-    pub fn named(name: &str) -> Option<Self> {
-        match name {
-            "overlay" => Some(Self::Overlay),
-            "block" => Some(Self::Block),
-            _ => None,
-        }
-    }
-}
 
 /// A snapshotter's settings.
 #[derive(Clone, Debug)]
@@ -184,8 +164,9 @@ impl Snapshotter {
     async fn mounts_of(&self, snapshot: &Arc<Snapshot>, below: Below) -> Result<Vec<Mount>, Failure> {
         let dir = self.store.dir(snapshot);
         let wanted = match snapshot.label(MOUNT) {
-            Some(name) => MountKind::named(name)
-                .ok_or_else(|| Failure::Argument(format!("the label {MOUNT}={name}: neither overlay nor block")))?,
+            Some(name) => {
+                name.parse().map_err(|reason| Failure::Argument(format!("the label {MOUNT}={name}: {reason}")))?
+            }
             None => self.options.mounts,
         };
         if let (MountKind::Block, Kind::Active, Some(found)) = (wanted, snapshot.kind, below.only) {

@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::Outcome;
 use super::options::{AccessOptions, Context, absolute};
 use super::output::table;
-use super::pull::{CONTAINERD, SNAPSHOTTER};
+use super::pull::SNAPSHOTTER;
 use crate::daemon::control::{Kind, Problem};
 
 /// Arguments of the verb.
@@ -24,16 +24,16 @@ pub struct Doctor {
     /// Print the lines to add to containerd's configuration, and nothing else
     #[arg(long)]
     containerd: bool,
-    /// containerd's socket
-    #[arg(long, value_name = "SOCK", default_value = CONTAINERD)]
-    containerd_socket: PathBuf,
+    /// containerd's socket [setting snapshotter.containerd; default: /run/containerd/containerd.sock]
+    #[arg(long, value_name = "SOCK")]
+    containerd_socket: Option<PathBuf>,
     /// containerd's configuration
     #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
     containerd_config: PathBuf,
     /// What containerd's configuration calls firstread's snapshotter
     #[arg(long, value_name = "NAME", default_value = SNAPSHOTTER)]
     snapshotter: String,
-    /// The snapshotter's socket [default: snapshotter.sock in the run directory]
+    /// The snapshotter's socket [setting snapshotter.listen; default: snapshotter.sock in the run directory]
     #[arg(long, value_name = "SOCK")]
     listen: Option<PathBuf>,
     #[command(flatten)]
@@ -86,12 +86,10 @@ impl Doctor {
     /// # Errors
     /// When something is bad, after all was printed.
     pub fn run(&self, context: &Context) -> Outcome {
-        let socket = match &self.listen {
-            Some(socket) => absolute(socket)?,
-            None => absolute(&context.config.run)?.join("snapshotter.sock"),
-        };
+        let settings = &context.config.snapshotter;
+        let socket = absolute(self.listen.as_deref().unwrap_or(&settings.listen))?;
         let node = containerd::Node {
-            containerd: absolute(&self.containerd_socket)?,
+            containerd: absolute(self.containerd_socket.as_deref().unwrap_or(&settings.containerd))?,
             config: self.containerd_config.clone(),
             name: self.snapshotter.clone(),
             socket,

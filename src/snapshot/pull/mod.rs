@@ -125,13 +125,14 @@ pub async fn pull(containerd: &Api, pull: &Pull, tell: &Tell) -> Result<Pulled, 
     let request = leases::CreateRequest { id: lease.clone(), labels };
     let reference = Reference::Registry(pull.reference.clone());
     let access = source_access(&pull.access);
-    let (leased, resolved) =
-        tokio::join!(api.call::<_, leases::CreateResponse>(leases::SERVICE, "Create", request), async {
-            let places = Places::open(&reference, &access).await?;
-            let top = places.manifest().await?;
-            Ok::<_, Error>((places, top))
-        });
-    leased.map_err(refused)?;
+    let resolve = async {
+        let places = Places::open(&reference, &access).await?;
+        let top = places.manifest().await?;
+        Ok::<_, Error>((places, top))
+    };
+    // What the registry says ends nothing here: the lease is to be given back.
+    let (leases::CreateResponse { .. }, resolved) =
+        tokio::try_join!(api.call(leases::SERVICE, "Create", request), async { Ok(resolve.await) }).map_err(refused)?;
     let done = match resolved {
         Ok((places, top)) => {
             let ask = Asker { api: api.leased(&lease).map_err(refused)?, pull, tell };
