@@ -14,6 +14,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
 use cluster::Cluster;
+use program::wait_until;
 use serde_json::Value;
 
 /// `firstread pull` of an image, with more options.
@@ -123,6 +124,43 @@ fn a_snapshotter_that_does_not_come_is_an_error_with_a_next_step() {
     cluster.start_containerd();
     cluster.resume_snapshotter();
     cluster.pull("app:1");
+    cluster.remove_all();
+    cluster.nothing_remains();
+}
+
+#[test]
+fn what_a_start_reads_is_on_its_way_before_there_is_a_container() {
+    let cluster = Cluster::start(&[]);
+    cluster.publish("app", 4);
+    let (image, dir) = (cluster.image("app:1"), cluster.node.mount_point("mnt").display().to_string());
+    let (profile, fast) = (cluster.node.path().join("profile").display().to_string(), cluster.image("app:fast"));
+    cluster.node.done(&["mount", &image, &dir]);
+    std::fs::read(format!("{dir}/data/1")).unwrap();
+    cluster.node.done(&["profile", &dir, "-o", &profile]);
+    cluster.node.done(&["umount", &dir]);
+    let optimized = Command::new(env!("CARGO_BIN_EXE_firstread"))
+        .args(["optimize", &image, &fast, "--profile", &profile, "--quiet"])
+        .output()
+        .unwrap();
+    assert!(optimized.status.success(), "{}", String::from_utf8_lossy(&optimized.stderr));
+    // A pool that has none of it.
+    cluster.node.done(&["pool", "trim", "0"]);
+    let pack = &cluster.manifest("app:fast")["layers"][0];
+    assert_eq!(pack["annotations"]["containerd.io/snapshot/firstread/role"], "startup");
+    let from = cluster.mark();
+    let fetched = || {
+        let all = cluster.fetched(from).into_iter();
+        all.filter(|(path, _)| path.ends_with(pack["digest"].as_str().unwrap()))
+            .map(|(_, bytes)| bytes)
+            .collect::<Vec<u64>>()
+    };
+    cluster.pull("app:fast");
+    wait_until("the start-up pack is fetched", || !fetched().is_empty());
+    assert_eq!(cluster.node.json(&["list"]).as_array().unwrap().len(), 0);
+    // The container's device asks for none of it again.
+    let once = fetched();
+    assert_eq!(cluster.run(&fast, "one", "cat /data/1 > /copy; cat /name"), "app\n");
+    assert_eq!(fetched(), once);
     cluster.remove_all();
     cluster.nothing_remains();
 }

@@ -57,6 +57,8 @@ pub enum Call {
     Hello,
     /// Expose an image as a device. → [`Attached`]
     Attach(Attach),
+    /// Have what a start of an image reads fetched: it was pulled, and its device will be asked for. → [`Expected`]
+    Expect(Expect),
     /// Make a tentative device permanent. → [`DeviceInfo`]
     Settle {
         /// The device's id.
@@ -242,6 +244,23 @@ pub struct Attach {
     /// What to do about ordinary layers.
     #[serde(default)]
     pub ordinary: OrdinaryLayers,
+}
+
+/// The arguments of [`Call::Expect`]: those of the [`Attach`] that will follow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expect {
+    /// The image; paths in it are absolute.
+    pub reference: String,
+    /// How its source is reached.
+    #[serde(default)]
+    pub access: SourceAccess,
+}
+
+/// The answer to [`Call::Expect`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expected {
+    /// Digest of the image's manifest.
+    pub digest: String,
 }
 
 /// What to do about an image's ordinary layers, of which a device shows nothing: a container's commit puts one on top.

@@ -19,6 +19,7 @@ pub mod keeping;
 pub mod mending;
 pub mod mounts;
 pub mod node;
+mod opening;
 pub mod pins;
 pub mod proof;
 mod propagation;

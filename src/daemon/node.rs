@@ -10,7 +10,7 @@ use super::attachment::{self, Attachment, Transport, Transports};
 use super::config::{Config, Patience};
 use super::control::{
     Attach, Attached, ByteCounts, ChunkCounts, DeviceInfo, Export, Exported, Health, HealthState, Hello, InUse, Kind,
-    OrdinaryLayers, Problem, Serve, SourceAccess, SourceStatus, State, Status, Stopped, Waits,
+    Problem, Serve, SourceStatus, State, Status, Stopped, Waits,
 };
 use super::devices::{Devices, Entry, Served, still_held};
 use super::exports::Serving;
@@ -26,11 +26,10 @@ use super::starts::{Start, watch_start};
 use super::trace::{StartupStatus, startup_status};
 use super::uppers::{self, UpperInfo};
 use crate::attach::read_ahead::READY_KB;
+use crate::device::Device;
 use crate::device::upper::Upper;
-use crate::device::{Device, ImageDevice};
 use crate::error::{Error, Result};
-use crate::fetch::{FetchOptions, Fetcher, Image, Origin, SourceReport};
-use crate::map::Map;
+use crate::fetch::{FetchOptions, Fetcher, Origin, SourceReport};
 use crate::oci::Reference;
 use crate::pool::{Pool, PoolOptions};
 
@@ -103,9 +102,8 @@ impl Node {
     pub async fn attach(&self, request: &Attach) -> std::result::Result<Attached, Problem> {
         self.accepting()?;
         let mut choice = attachment::choose(&request.transport, &self.transports)?;
-        let image = self.open_image(&request.reference, &request.access, request.on_outage).await?;
-        shown_whole(&image, request.ordinary)?;
-        let device = self.device_of(&image);
+        let Attach { reference, access, on_outage, ordinary, .. } = request;
+        let (image, device) = self.open_shown(reference, access, *on_outage, *ordinary).await?;
         let reserved = self.devices.reserve(&name_of(&image.reference));
         let opened = match &request.writable {
             Some(writable) => Some(self.new_upper(&image, &device, writable, reserved.id()).await?),
@@ -271,9 +269,8 @@ impl Node {
     /// An image that can't be opened, or an address that can't be bound.
     pub async fn export(&self, request: &Export) -> std::result::Result<(Exported, Serving), Problem> {
         self.accepting()?;
-        let image = self.open_image(&request.reference, &request.access, request.on_outage).await?;
-        shown_whole(&image, request.ordinary)?;
-        let device = self.device_of(&image);
+        let Export { reference, access, on_outage, ordinary, .. } = request;
+        let (image, device) = self.open_shown(reference, access, *on_outage, *ordinary).await?;
         let name = image.reference.to_string();
         let digest = image.manifest_digest.to_string();
         let opened = match &request.writable {
@@ -370,54 +367,9 @@ impl Node {
         }
     }
 
-    pub(super) async fn open_device(
-        &self,
-        reference: &str,
-        access: &SourceAccess,
-        on_outage: Option<Patience>,
-    ) -> Result<(Arc<Image>, Arc<ImageDevice>)> {
-        let image = self.open_image(reference, access, on_outage).await?;
-        let device = self.device_of(&image);
-        Ok((image, device))
-    }
-
-    async fn open_image(
-        &self,
-        reference: &str,
-        access: &SourceAccess,
-        on_outage: Option<Patience>,
-    ) -> Result<Arc<Image>> {
-        self.images.open(&reference.parse()?, access, on_outage).await
-    }
-
-    fn device_of(&self, image: &Arc<Image>) -> Arc<ImageDevice> {
-        let map = Map::new(Arc::clone(&image.index));
-        let device =
-            ImageDevice::new(map, Arc::clone(&image.origin), Arc::clone(&self.fetcher), Arc::clone(&self.pool));
-        // Before the device has its first reader.
-        device.prefetch(self.config.prefetch);
-        device
-    }
-
     pub(super) fn accepting(&self) -> Result<()> {
         if *self.stop.borrow() { Err(Error::Stopping("the daemon".to_owned())) } else { Ok(()) }
     }
-}
-
-/// Refuses an image of which a device shows a part only, unless that is what is wanted.
-fn shown_whole(image: &Image, wanted: OrdinaryLayers) -> std::result::Result<(), Problem> {
-    let layers = match (image.layers.ordinary, wanted) {
-        (0, _) | (_, OrdinaryLayers::LeaveOut) => return Ok(()),
-        (1, OrdinaryLayers::Refuse) => "an ordinary layer".to_owned(),
-        (count, OrdinaryLayers::Refuse) => format!("{count} ordinary layers"),
-    };
-    let reference = &image.reference;
-    let message =
-        format!("{reference} has {layers} above firstread's, as a container's commit makes, which no device shows");
-    Err(Problem::new(Kind::Unsupported, message).hint(
-        "containers show all of it: `firstread pull` it, then run it with containerd's snapshotter \"firstread\"; --base-only \
-         takes the image without those layers",
-    ))
 }
 
 /// Closes the upper of a device that did not come about.

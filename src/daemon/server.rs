@@ -188,6 +188,7 @@ impl Connection {
                 }
                 value(&attached)
             }
+            Call::Expect(request) => value(&node.expect(&request).await?),
             Call::Settle { target, mountpoint } => {
                 let device = node.settle(&target, mountpoint).await?;
                 self.tentative.lock().remove(&device.id);

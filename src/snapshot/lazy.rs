@@ -16,7 +16,8 @@ use super::failure::Failure;
 use super::record::Found;
 use crate::daemon::client::Client;
 use crate::daemon::control::{
-    Attach, Attached, Call, DeviceInfo, InUse, Kind, Lifetime, OrdinaryLayers, Problem, SourceAccess, State,
+    Attach, Attached, Call, DeviceInfo, Expect, Expected, InUse, Kind, Lifetime, OrdinaryLayers, Problem, SourceAccess,
+    State,
 };
 use crate::daemon::images::index_cache;
 use crate::daemon::mounts;
@@ -57,6 +58,25 @@ impl Devices {
     pub fn keep(&self, parts: &Parts<'_>) -> Result<(), Failure> {
         let root = (self.daemon.start)()?.hello().root.clone();
         Ok(keep_image(&index_cache(&root), parts)?)
+    }
+
+    /// Starts the daemon when none runs, so that nobody waits for that later. Blocks.
+    pub fn wake(&self) {
+        if let Err(problem) = (self.daemon.start)() {
+            tracing::debug!("starting the daemon ahead: {problem}");
+        }
+    }
+
+    /// Has what a start of the image reads fetched, of which nothing is waited for. Blocks.
+    ///
+    /// # Errors
+    /// What the daemon says.
+    pub fn expect(&self, found: &Found) -> Result<(), Failure> {
+        let mut client = (self.daemon.start)()?;
+        let request = Expect { reference: found.reference.clone(), access: self.access_to(found) };
+        let Expected { digest } = client.call(Call::Expect(request))?;
+        tracing::debug!("a start of {digest} is expected");
+        Ok(())
     }
 
     /// Where the image's device is mounted, read-only, for the index in `dir`; it is attached and mounted when it is not.
@@ -182,14 +202,9 @@ impl Devices {
     }
 
     fn attach(&self, client: &mut Client, found: &Found, writable: Option<Writable>) -> Result<Attached, Failure> {
-        let mut access = self.access.clone();
-        if let Some(dir) = &found.blobs {
-            // What is on this machine is asked first.
-            access.blobs.insert(0, BlobPlace::local(dir));
-        }
         let attach = Attach {
             reference: found.reference.clone(),
-            access,
+            access: self.access_to(found),
             on_outage: None,
             transport: self.transport.clone(),
             read_ahead_kb: None,
@@ -199,6 +214,15 @@ impl Devices {
             ordinary: OrdinaryLayers::LeaveOut,
         };
         Ok(client.call(Call::Attach(attach))?)
+    }
+
+    fn access_to(&self, found: &Found) -> SourceAccess {
+        let mut access = self.access.clone();
+        if let Some(dir) = &found.blobs {
+            // What is on this machine is asked first.
+            access.blobs.insert(0, BlobPlace::local(dir));
+        }
+        access
     }
 
     fn turn(&self, dir: &Path) -> Arc<Mutex<()>> {

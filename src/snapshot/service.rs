@@ -111,6 +111,9 @@ impl Snapshotter {
     /// A new active snapshot; or none, for a pack that need not be downloaded.
     pub(super) async fn prepare(&self, request: PrepareRequest) -> Result<MountsResponse, Failure> {
         if let Some(name) = skipped(&request) {
+            let devices = Arc::clone(&self.devices);
+            // The index comes next, and then the daemon is needed.
+            drop(tokio::task::spawn_blocking(move || devices.wake()));
             let store = Arc::clone(&self.store);
             let wanted = Wanted {
                 key: name.clone(),
@@ -263,19 +266,25 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Asks where the bytes of a new index are, so that its first container waits neither for the answer nor for a daemon that has
-    /// to start. Nothing is attached, and what fails is asked again when there is a container.
+    /// Asks where the bytes of a new index are, and has the daemon fetch what a start reads: who pulls an image starts it next, and
+    /// while containerd makes the container nothing else is asked of the network. Nothing is attached, and what fails is tried
+    /// again when there is a container.
     async fn look_ahead(self: Arc<Self>, name: String) {
         let Ok(index) = self.store.stat(&name) else { return };
         // Without a label it is the image's record that says where it is from, and that is made last.
         if index.role != Role::Index || !is_named(&index) {
             return;
         }
-        let asked = match self.store.parents(&index) {
-            Ok(parents) => self.found(&index, parents.len()).await.map(drop),
+        let found = match self.store.parents(&index) {
+            Ok(parents) => self.found(&index, parents.len()).await,
             Err(failure) => Err(failure),
         };
-        if let Err(failure) = asked {
+        let devices = Arc::clone(&self.devices);
+        let expected = match found {
+            Ok(Some(found)) => blocking(move || devices.expect(&found)).await,
+            other => other.map(drop),
+        };
+        if let Err(failure) = expected {
             tracing::debug!("ahead of {name}: {failure}");
         }
     }
