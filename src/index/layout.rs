@@ -16,6 +16,7 @@ pub(super) const KIND_STARTUP_EXTENTS: u32 = 4;
 pub(super) const KIND_STARTUP_ORDER: u32 = 5;
 
 pub(super) const KIND_STARTUP_SETTINGS: u32 = OPTIONAL_KIND + 1;
+pub(super) const KIND_LIKELY: u32 = OPTIONAL_KIND + 2;
 
 /// Largest read-ahead in KiB.
 pub(super) const READ_AHEAD_MAX: u32 = 16 << 10;
@@ -62,6 +63,8 @@ record!(ChunkRecord {
 
 record!(ExtentRecord { block: U32, blocks: U32, chunk: U32, offset: U32 });
 
+record!(LikelyRecord { chunks: U32, reserved: [u8; 12] });
+
 record!(SettingsRecord { read_ahead_kb: U32, reserved: [u8; 12] });
 
 const _: () = {
@@ -71,4 +74,5 @@ const _: () = {
     assert!(size_of::<ChunkRecord>() == 64);
     assert!(size_of::<ExtentRecord>() == 16);
     assert!(size_of::<SettingsRecord>() == 16);
+    assert!(size_of::<LikelyRecord>() == 16);
 };

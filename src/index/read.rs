@@ -7,7 +7,7 @@ use std::path::Path;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, Section, SettingsRecord};
+use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, LikelyRecord, Section, SettingsRecord};
 use super::{BLOCK, Blob, DEVICE_MAX, Extent, Role};
 use crate::chunk::{CHUNK_MAX, ChunkRef, Codec, Digest, STORED_MAX};
 use crate::error::{Error, Result};
@@ -42,6 +42,7 @@ pub struct Index {
     startup_extents: Range<usize>,
     startup_order: Range<usize>,
     startup_settings: Range<usize>,
+    likely: Range<usize>,
 }
 
 impl std::fmt::Debug for Index {
@@ -134,6 +135,7 @@ impl Index {
             startup_extents: sections.startup_extents.unwrap_or_default(),
             startup_order: sections.startup_order.unwrap_or_default(),
             startup_settings: sections.startup_settings.unwrap_or_default(),
+            likely: sections.likely.unwrap_or_default(),
             bytes: Bytes::Owned(Vec::new()),
         };
         index.bytes = bytes;
@@ -173,6 +175,10 @@ impl Index {
             return Err(invalid("its start-up settings are out of bounds"));
         }
         let chunks = self.chunk_count();
+        let likely = self.likely_records();
+        if likely.len() > 1 || likely.iter().any(|record| record.chunks.get() > chunks) {
+            return Err(invalid("its likely chunks are out of bounds"));
+        }
         match self.startup_order().find(|&chunk| chunk >= chunks) {
             Some(chunk) => Err(invalid(format!("the start-up order names chunk {chunk}, which does not exist"))),
             None => Ok(()),
@@ -274,6 +280,17 @@ impl Index {
         self.settings_records().first().map(|record| record.read_ahead_kb.get())
     }
 
+    /// How many chunks, by number from 0 on, a start without a start-up pack probably reads, in that order; 0 when nobody
+    /// guessed.
+    #[must_use]
+    pub fn likely_chunks(&self) -> u32 {
+        self.likely_records().first().map_or(0, |record| record.chunks.get())
+    }
+
+    fn likely_records(&self) -> &[LikelyRecord] {
+        records(self.bytes.get(), &self.likely)
+    }
+
     fn settings_records(&self) -> &[SettingsRecord] {
         records(self.bytes.get(), &self.startup_settings)
     }
@@ -348,6 +365,7 @@ struct Sections {
     startup_extents: Option<Range<usize>>,
     startup_order: Option<Range<usize>>,
     startup_settings: Option<Range<usize>>,
+    likely: Option<Range<usize>>,
 }
 
 impl Sections {
@@ -360,6 +378,7 @@ impl Sections {
             layout::KIND_STARTUP_EXTENTS => (&mut self.startup_extents, size_of::<ExtentRecord>()),
             layout::KIND_STARTUP_ORDER => (&mut self.startup_order, size_of::<u32>()),
             layout::KIND_STARTUP_SETTINGS => (&mut self.startup_settings, size_of::<SettingsRecord>()),
+            layout::KIND_LIKELY => (&mut self.likely, size_of::<LikelyRecord>()),
             layout::OPTIONAL_KIND.. => return Ok(()),
             _ => {
                 return Err(Error::Unsupported(format!(

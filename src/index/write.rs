@@ -2,7 +2,7 @@
 
 use zerocopy::IntoBytes;
 
-use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, Section, SettingsRecord};
+use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, LikelyRecord, Section, SettingsRecord};
 use super::{BLOCK, Blob, Extent, Role};
 use crate::chunk::{ChunkRef, Codec, Digest};
 use crate::error::{Error, Result};
@@ -16,6 +16,7 @@ pub struct IndexWriter {
     startup_extents: Vec<ExtentRecord>,
     startup_order: Vec<u32>,
     startup_settings: Option<SettingsRecord>,
+    likely: Option<LikelyRecord>,
 }
 
 impl IndexWriter {
@@ -68,6 +69,11 @@ impl IndexWriter {
         self.startup_extents.push(record(extent));
     }
 
+    /// Notes that a start probably reads the first `chunks` chunks, in the order of their numbers; 0 notes nothing.
+    pub fn likely_chunks(&mut self, chunks: u32) {
+        self.likely = (chunks > 0).then(|| LikelyRecord { chunks: chunks.into(), reserved: [0; 12] });
+    }
+
     /// Appends a chunk number to the start-up order.
     pub fn startup_order(&mut self, chunk: u32) {
         self.startup_order.push(chunk);
@@ -98,6 +104,9 @@ impl IndexWriter {
         }
         if let Some(settings) = &self.startup_settings {
             sections.push((layout::KIND_STARTUP_SETTINGS, size_of::<SettingsRecord>(), settings.as_bytes()));
+        }
+        if let Some(likely) = &self.likely {
+            sections.push((layout::KIND_LIKELY, size_of::<LikelyRecord>(), likely.as_bytes()));
         }
         let header_bytes = (size_of::<Header>() + sections.len() * size_of::<Section>()) as u32;
         let mut name = [0; 16];

@@ -4,7 +4,9 @@
 //! Path order is the order of a walk that enters each directory after the files beside it: a directory's small files
 //! (one after another, each at a block), its large files, then its subdirectories, all by the bytes of their names.
 
-use super::intake::{Intake, SmallFiles, pieces};
+use std::collections::{HashMap, HashSet};
+
+use super::intake::{SmallFiles, pieces};
 use super::pipeline::Pipeline;
 use super::rootfs::{Content, Kind, Meta, Names, NodeId, ROOT, Rootfs};
 use crate::chunk::{CHUNK_SIZE, Digest, Hasher};
@@ -29,7 +31,28 @@ pub(super) struct Arranged {
     pub runs: Vec<DataRun>,
     /// Digest of everything that the device will hold.
     pub seed: [u8; 32],
+    /// What became of the nodes that the tree was made of, by their numbers.
+    pub inodes: Vec<Option<InodeId>>,
     pub pipeline: Pipeline,
+}
+
+impl Arranged {
+    /// The jobs that hold the data of the `wanted` files: several files may share one.
+    pub(super) fn jobs(&self, wanted: &HashSet<InodeId>) -> HashMap<InodeId, Vec<u32>> {
+        let (mut runs, mut at, mut found) = (self.runs.iter().peekable(), Vec::new(), HashMap::new());
+        for file in &self.data_order {
+            if let Some(first) = runs.next_if(|run| run.first == Some(*file)) {
+                at = vec![first.job];
+                while let Some(more) = runs.next_if(|run| run.first.is_none()) {
+                    at.push(more.job);
+                }
+            }
+            if wanted.contains(file) {
+                found.insert(*file, at.clone());
+            }
+        }
+        found
+    }
 }
 
 /// Files of one directory that share chunks.
@@ -49,8 +72,7 @@ struct Arranger {
 }
 
 /// Arranges `rootfs`. All chunks of file data are done afterwards.
-pub(super) fn arrange(mut rootfs: Rootfs, intake: Intake) -> Result<Arranged> {
-    let (pipeline, small) = intake.finish()?;
+pub(super) fn arrange(mut rootfs: Rootfs, pipeline: Pipeline, small: SmallFiles) -> Result<Arranged> {
     let root = inode(&mut rootfs, ROOT)?;
     let mut arranger = Arranger {
         small,
@@ -77,7 +99,7 @@ pub(super) fn arrange(mut rootfs: Rootfs, intake: Intake) -> Result<Arranged> {
         arranger.hasher.update(digest.as_ref().map_or(&[0; 32], Digest::as_bytes).as_slice());
     }
     let Arranger { pipeline, tree, data_order, runs, hasher, .. } = arranger;
-    Ok(Arranged { tree, data_order, runs, seed: *hasher.finish().as_bytes(), pipeline })
+    Ok(Arranged { tree, data_order, runs, seed: *hasher.finish().as_bytes(), inodes: known, pipeline })
 }
 
 impl Arranger {

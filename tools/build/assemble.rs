@@ -1,4 +1,5 @@
-//! From chunks in a spool to blobs and an index: packs in device order, every chunk once, and where each belongs.
+//! From chunks in a spool to blobs and an index: packs with what a start probably reads and then all else in device order,
+//! every chunk once, and where each belongs.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
@@ -38,6 +39,8 @@ pub(super) struct Assembled {
 pub(super) struct Parts<'a> {
     /// In ascending order.
     pub extents: &'a [DeviceExtent],
+    /// Jobs that hold what a start will probably read, in that order.
+    pub likely: &'a [u32],
     pub device_bytes: u64,
     /// As in the index.
     pub file_system: &'a str,
@@ -136,21 +139,25 @@ impl Startup {
 
 /// Writes packs and index.
 pub(super) fn assemble(parts: &Parts<'_>, progress: &dyn Progress) -> Result<Assembled> {
-    // The chunks' numbers in the index: in the order of the device, which does not depend on scheduling.
+    // The chunks' numbers in the index: what is likely, then in the order of the device. Neither depends on scheduling.
     let mut numbers: Vec<Option<u32>> = vec![None; parts.store.len()];
-    let mut order = Vec::new();
+    let mut order: Vec<u32> = Vec::new();
     let mut index = IndexWriter::new();
-    for extent in parts.extents {
-        let Outcome::Chunk(chunk) = parts.store.outcome(extent.job)? else { continue };
+    let mut number = |job: u32| -> Result<Option<u32>> {
+        let Outcome::Chunk(chunk) = parts.store.outcome(job)? else { return Ok(None) };
         let number = numbers.get_mut(chunk as usize).ok_or_else(|| Error::invalid("build", "a chunk is missing"))?;
-        let number = match number {
-            Some(number) => *number,
-            None => {
-                let next = order.len() as u32;
-                order.push(chunk);
-                *number.insert(next)
-            }
-        };
+        Ok(Some(*number.get_or_insert_with(|| {
+            order.push(chunk);
+            order.len() as u32 - 1
+        })))
+    };
+    let mut likely = 0;
+    for job in parts.likely {
+        likely = number(*job)?.map_or(likely, |number| likely.max(number + 1));
+    }
+    index.likely_chunks(likely);
+    for extent in parts.extents {
+        let Some(number) = number(extent.job)? else { continue };
         index.extent(Extent { block: extent.block, blocks: extent.blocks, chunk: number, offset: extent.offset });
     }
     let mut refs: Vec<Option<ChunkRef>> = vec![None; order.len()];

@@ -11,14 +11,15 @@ use super::cache;
 use super::decode::{Expected, Layer};
 use super::hot_first::hot_first;
 use super::input::{self, Input, LayerInput, Root};
-use super::intake::Intake;
+use super::intake::{CHUNK_BLOCKS, Intake};
+use super::likely::{self, Command, Contents, Data, Likely};
 use super::metadata::{DeviceExtent, Windows};
 use super::pipeline::{Pipeline, Settings};
 use super::progress::{Event, Progress};
-use super::rootfs::{Rootfs, Whiteouts};
+use super::rootfs::{NodeId, Rootfs, Whiteouts};
 use super::{Request, Tree, layer, raw, reuse, verity, walk};
 use crate::error::{Error, Result};
-use crate::ext4;
+use crate::ext4::{self, InodeId};
 use crate::profile::Profile;
 use crate::source::Repository;
 
@@ -26,6 +27,8 @@ use crate::source::Repository;
 struct Device {
     /// In ascending order.
     extents: Vec<DeviceExtent>,
+    /// Jobs that hold what a start will probably read, in that order.
+    likely: Vec<u32>,
     bytes: u64,
     /// As in the index.
     file_system: &'static str,
@@ -87,7 +90,7 @@ pub(super) fn convert(
         progress.event(Event::Image { platform, layers: 1, bytes: Some(disk.bytes()) });
         progress.event(Event::Layer { name: &path.display().to_string() });
         let extents = disk.read(&mut pipeline, &**progress)?;
-        Device { extents, bytes: disk.device_bytes(), file_system: "raw", inodes: 0, pipeline }
+        Device { extents, likely: Vec::new(), bytes: disk.device_bytes(), file_system: "raw", inodes: 0, pipeline }
     } else {
         let mut intake = Intake::new(pipeline, &request.temp)?;
         let mut rootfs = Rootfs::new(&request.limits);
@@ -96,7 +99,15 @@ pub(super) fn convert(
         if let Some(cache) = &mut cache {
             cache.layers_done(&mut intake)?;
         }
-        file_system(arrange::arrange(rootfs, intake)?, request.size, request.profile.as_deref())?
+        let (pipeline, small) = intake.finish()?;
+        let start = match &request.profile {
+            Some(profile) => Start::Recorded(profile),
+            None => {
+                let contents = Contents::new(&rootfs, &pipeline, &small, earlier, runtime);
+                Start::Guessed(likely::guess(&Command::of(&input.config), &contents)?)
+            }
+        };
+        file_system(arrange::arrange(rootfs, pipeline, small)?, request.size, &start)?
     };
     let verity = match request.tree {
         Tree::None => None,
@@ -107,12 +118,13 @@ pub(super) fn convert(
             Some(verity)
         }
     };
-    let Device { extents, bytes: device_bytes, file_system, inodes, pipeline } = device;
+    let Device { extents, likely, bytes: device_bytes, file_system, inodes, pipeline } = device;
     let store = pipeline.finish()?;
     (work.cached_chunks, work.compressed_bytes) = store.work();
     work.read_bytes = counting.read();
     let parts = Parts {
         extents: &extents,
+        likely: &likely,
         device_bytes,
         file_system,
         store: &store,
@@ -149,15 +161,28 @@ pub(super) fn flatten(layers: Vec<Vec<u8>>, request: &Request, progress: &Arc<dy
         let stream = Layer::open(Box::new(std::io::Cursor::new(layer)), &expected, left, progress.clone())?;
         left = layer::apply(stream, &mut rootfs, &mut intake, Whiteouts::Apply, None)?.finish(&expected)?;
     }
-    let device = file_system(arrange::arrange(rootfs, intake)?, None, None)?;
+    let (pipeline, small) = intake.finish()?;
+    let device = file_system(arrange::arrange(rootfs, pipeline, small)?, None, &Start::Guessed(Likely::default()))?;
     device.pipeline.finish()?;
     Ok(device.inodes)
 }
 
+/// What is known of a start.
+enum Start<'a> {
+    Recorded(&'a Profile),
+    Guessed(Likely),
+}
+
+/// Metadata at the front of the device that every start reads, in windows.
+const LIKELY_WINDOWS: u32 = 2;
+
 /// Plans the file system and turns its metadata into chunks.
-fn file_system(mut arranged: Arranged, size: Option<u64>, profile: Option<&Profile>) -> Result<Device> {
-    let hot = profile.map(|profile| hot_first(&mut arranged, profile)).unwrap_or_default();
-    let Arranged { tree, data_order, runs, seed, mut pipeline } = arranged;
+fn file_system(mut arranged: Arranged, size: Option<u64>, start: &Start<'_>) -> Result<Device> {
+    let (hot, data) = match start {
+        Start::Recorded(profile) => (hot_first(&mut arranged, profile), Vec::new()),
+        Start::Guessed(likely) => (likely_inodes(&arranged, likely), likely_jobs(&arranged, likely)),
+    };
+    let Arranged { tree, data_order, runs, seed, mut pipeline, .. } = arranged;
     let options = ext4::Options { seed, size, hot, data_order, ..ext4::Options::default() };
     let plan = ext4::plan(&tree, &options)?;
     let mut windows = Windows::new(&mut pipeline);
@@ -165,8 +190,35 @@ fn file_system(mut arranged: Arranged, size: Option<u64>, profile: Option<&Profi
     let mut extents = windows.finish()?;
     // The tree is large, and its place is needed from here on.
     drop(tree);
+    let mut likely: Vec<u32> = Vec::new();
+    if !data.is_empty() {
+        let first = extents.iter().take_while(|extent| extent.block < LIKELY_WINDOWS * CHUNK_BLOCKS);
+        likely.extend(first.map(|extent| extent.job));
+        likely.extend(data);
+    }
     add_data(&mut extents, &plan, &runs)?;
-    Ok(Device { extents, bytes: plan.device_bytes(), file_system: "ext4", inodes: plan.inodes(), pipeline })
+    Ok(Device { extents, likely, bytes: plan.device_bytes(), file_system: "ext4", inodes: plan.inodes(), pipeline })
+}
+
+/// The inodes that a start probably looks up, in that order.
+fn likely_inodes(arranged: &Arranged, likely: &Likely) -> Vec<InodeId> {
+    let inode = |node: &NodeId| arranged.inodes.get(*node as usize).copied().flatten();
+    likely.nodes.iter().filter_map(inode).collect()
+}
+
+/// The jobs with the data that it probably reads, in that order.
+fn likely_jobs(arranged: &Arranged, likely: &Likely) -> Vec<u32> {
+    let inode = |node: NodeId| arranged.inodes.get(node as usize).copied().flatten();
+    let small = likely.data.iter().filter_map(|data| match data {
+        Data::Small(node) => inode(*node),
+        Data::Piece(_) => None,
+    });
+    let jobs = arranged.jobs(&small.collect());
+    let of = |data: &Data| match data {
+        Data::Piece(job) => vec![*job],
+        Data::Small(node) => inode(*node).and_then(|inode| jobs.get(&inode).cloned()).unwrap_or_default(),
+    };
+    likely.data.iter().flat_map(of).collect()
 }
 
 /// Adds the files' data, which follow the metadata without a gap.

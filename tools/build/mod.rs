@@ -3,9 +3,10 @@
 //! ```text
 //! input: layers, a tar, a directory ─ decode ─ tar ─→ rootfs (names, attributes) + intake (contents)
 //! intake ─ chunks ─→ pipeline (hash, compress on all cores) ─→ spool
+//! likely: what the config's command will probably read
 //! arrange: numbers, groups, order of data ─→ ext4::plan ─→ metadata as chunks
 //! (a raw disk is cut into chunks as it is: no rootfs, no plan) ─ verity: the hash tree behind it, if wanted
-//! assemble: packs in device order, the index ─→ publish: blobs, config, manifest
+//! assemble: packs (what is likely, then all in device order), the index ─→ publish: blobs, config, manifest
 //! ```
 //!
 //! With a build cache, a layer that an earlier build read is taken from there: its entries into the rootfs, its small files
@@ -28,6 +29,7 @@ mod hot_first;
 mod input;
 mod intake;
 mod layer;
+mod likely;
 mod limits;
 mod metadata;
 mod optimize;

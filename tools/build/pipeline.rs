@@ -321,6 +321,25 @@ impl Pipeline {
         }
     }
 
+    /// What a finished job became: its digest, plain length and place; `None` for a hole.
+    pub(super) fn stored(&self, job: u32) -> Result<Option<(Digest, u32, Place)>> {
+        let table = self.shared.table.lock();
+        match table.outcomes.get(job as usize) {
+            Some(Outcome::Chunk(chunk)) => {
+                Ok(table.chunks.get(*chunk as usize).map(|chunk| (chunk.digest, chunk.plain_len, chunk.place)))
+            }
+            Some(Outcome::Hole) => Ok(None),
+            Some(Outcome::Pending) | None => Err(Error::invalid("build", format!("chunk job {job} was not done"))),
+        }
+    }
+
+    /// Reads stored bytes back.
+    pub(super) fn read(&self, offset: u64, len: u32) -> Result<Vec<u8>> {
+        let mut stored = vec![0; len as usize];
+        let read = self.shared.spool.read_exact_at(&mut stored, offset);
+        read.map(|()| stored).map_err(|error| Error::io("reading the spool", error))
+    }
+
     /// The hashes of chunks' blocks: of chunk `n` from `n` × [`verity::LEAVES_BYTES`] on.
     pub(super) fn leaves(&self) -> Result<File> {
         let missing = || Error::invalid("build", "no hashes of blocks were kept");

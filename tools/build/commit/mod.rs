@@ -175,6 +175,7 @@ pub fn commit(request: &CommitRequest, progress: &Arc<dyn Progress>) -> Result<R
     extents.sort_unstable_by_key(|extent| extent.block);
     let draft = || destination.repository.draft(&request.temp);
     let parts = Parts {
+        likely: &[],
         extents: &joined(extents),
         device_bytes: written.overlay.size(),
         file_system: index.file_system(),

@@ -43,6 +43,22 @@ impl Rootfs {
         Ok(Some(walk.at()))
     }
 
+    /// What is at `components`, the last one followed as well; `trail` gets what is passed on the way: directories, links,
+    /// and itself. Nothing where the way ends, or is too long.
+    pub(in crate::build) fn resolve(&self, components: &[&[u8]], trail: &mut Vec<NodeId>) -> Option<NodeId> {
+        let mut walk = Walk::new(components, self.limits.depth).ok()?;
+        while let Some(name) = walk.next(self.limits.depth).ok()? {
+            let node = self.names(walk.at())?.get(&name)?.node;
+            trail.push(node);
+            match &self.node(node).ok()?.kind {
+                Kind::Directory(_) => walk.enter(node),
+                Kind::Symlink(target) => walk.follow(target, &name).ok()?,
+                _ => return walk.left.iter().all(|name| name.is_empty()).then_some(node),
+            }
+        }
+        Some(walk.at())
+    }
+
     /// The directory at `components`; what is missing is made, 0755 and owned by root.
     pub(super) fn make(&mut self, components: &[&[u8]]) -> Result<NodeId> {
         let mut walk = Walk::new(components, self.limits.depth)?;
