@@ -1,15 +1,18 @@
 //! Background fill: an image without a start-up pack is fetched whole, from the first moment, behind its readers.
 //!
 //! On demand alone, a start is a long row of round trips; on a fast link that is slower than pulling everything. So what
-//! nobody asked for yet is fetched as well, in an order that guesses what will be: the file system's metadata (at the
-//! front of the device), what lies behind the latest misses (the same file, or files of the same directory), and then
-//! everything else as it lies in the packs.
+//! nobody asked for yet is fetched as well, in an order that guesses what will be: what the builder found that the image's
+//! command needs (the index's likely chunks), what lies behind the latest misses (the same file, or files of the same
+//! directory), and then everything else as it lies in the packs.
 //!
 //! Readers come first. A piece of the fill is as long as the link moves in a twentieth of a second; where that is less
 //! than a chunk, the link is slow, every byte of the fill delays a reader, and the fill waits until no reader has missed
-//! anything for a while. It ends when the pool is full: it drops nothing that somebody wanted.
+//! anything for a while. On other links likely chunks are fetched beside readers, who probably wait for them next; and so
+//! is everything else as far as the link is idle while a reader waits for an answer to begin: pieces are so short then that
+//! they move in such a wait. It ends when the pool is full: it drops nothing that somebody wanted.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -32,10 +35,14 @@ const PIECE: Duration = Duration::from_millis(50);
 const PIECE_BYTES: (u64, u64) = (256 << 10, 4 << 20);
 /// A link that moves less in that time is slow.
 const SLOW_BYTES: u64 = 128 << 10;
+/// Least stored bytes that the link must have room for in a reader's wait.
+const IDLE_BYTES: u64 = 64 << 10;
 /// Pieces under way at a time where the link is fast: one is moved while the other is asked for.
 const TASKS: usize = 2;
 /// On a slow link: how long no reader has missed anything before a piece is fetched.
 const QUIET: Duration = Duration::from_millis(300);
+/// How long a reader is remembered who waited.
+const RECENT: Duration = Duration::from_secs(2);
 /// Stored bytes behind a miss that are fetched before the rest.
 const NEARBY: u64 = 1 << 20;
 /// Misses that are remembered for that.
@@ -140,7 +147,8 @@ impl Fetcher {
     pub fn fill(&self, origin: &Arc<Origin>, index: &Arc<Index>) -> Filling {
         let stopped = Arc::new(AtomicBool::new(false));
         let (shared, origin) = (Arc::clone(&self.shared), Arc::clone(origin));
-        let fill = Fill { chunks: origin.order(index), next: 0, stopped: Arc::clone(&stopped) };
+        let likely = 0..index.likely_chunks();
+        let fill = Fill { chunks: origin.order(index), likely, next: 0, stopped: Arc::clone(&stopped) };
         let fill = Arc::new(Mutex::new((fill, Pace { bytes: PIECE_BYTES.0, slow: false })));
         for number in 0..TASKS {
             tokio::spawn(Arc::clone(&shared).run_fill(Arc::clone(&origin), Arc::clone(&fill), number));
@@ -150,14 +158,32 @@ impl Fetcher {
 }
 
 struct Fill {
-    /// Metadata comes first in them: it is at the front of the device.
     chunks: Arc<Order>,
+    /// Numbers of likely chunks that were not looked at yet.
+    likely: Range<u32>,
     /// Everything before is local, or was.
     next: usize,
     stopped: Arc<AtomicBool>,
 }
 
 impl Fill {
+    /// The next likely chunks to fetch, about `bytes` stored ones; empty when all are local.
+    fn likely(&mut self, shared: &Shared, origin: &Origin, bytes: u64) -> Vec<ChunkRef> {
+        let (mut piece, mut taken) = (Vec::new(), 0);
+        while let Some(chunk) = self.likely.clone().next().and_then(|number| self.chunks.numbered(number)) {
+            let wanted = !shared.pool.contains(&chunk.digest) && check(origin, &chunk).is_ok();
+            if wanted {
+                taken += u64::from(chunk.stored_len);
+                if taken > bytes && !piece.is_empty() {
+                    break;
+                }
+                piece.push(chunk);
+            }
+            self.likely.next();
+        }
+        piece
+    }
+
     /// The next chunks to fetch, about `bytes` stored ones; empty when all are local.
     fn piece(&mut self, shared: &Shared, origin: &Origin, bytes: u64) -> Vec<ChunkRef> {
         while let Some(place) = origin.readers.next_miss() {
@@ -209,6 +235,13 @@ struct Pace {
     slow: bool,
 }
 
+/// Whether how long a piece took says what the link moves: of a short one, most was the wait for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Paced {
+    Yes,
+    No,
+}
+
 impl Shared {
     /// One of the tasks of a fill: number 0 goes on alone where the link is slow.
     async fn run_fill(self: Arc<Self>, origin: Arc<Origin>, fill: Arc<Mutex<(Fill, Pace)>>, number: usize) {
@@ -225,18 +258,36 @@ impl Shared {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 continue;
             }
-            let piece = {
+            let readers = origin.readers.quiet_for() < RECENT;
+            let idle = self.idle_bytes(&origin).filter(|_| readers && !slow);
+            let next = {
                 let mut fill = fill.lock();
                 let bytes = fill.1.bytes;
-                fill.0.piece(&self, &origin, bytes)
+                let likely = fill.0.likely(&self, &origin, bytes);
+                match (likely.is_empty(), idle) {
+                    (false, _) => Some((likely, self.beside(), Paced::Yes)),
+                    (true, None) => Some((fill.0.piece(&self, &origin, bytes), Priority::Background, Paced::Yes)),
+                    (true, Some(idle)) if number == 0 => {
+                        Some((fill.0.piece(&self, &origin, idle), self.beside(), Paced::No))
+                    }
+                    // One piece at a time is what the link has room for.
+                    (true, Some(_)) => None,
+                }
+            };
+            let Some((piece, priority, paced)) = next else {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                continue;
             };
             if piece.is_empty() || !self.has_room(&piece) {
                 return;
             }
             let started = Instant::now();
-            if !self.fill_piece(&origin, &piece).await {
+            if !self.fill_piece(&origin, &piece, priority).await {
                 // Whoever misses it is told; here it is left to them.
                 tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+            if paced == Paced::No {
                 continue;
             }
             let asked: u64 = piece.iter().map(|chunk| u64::from(chunk.stored_len)).sum();
@@ -252,6 +303,17 @@ impl Shared {
         }
     }
 
+    /// The priority of what is fetched beside readers. Who bounds the background bounds all of it.
+    fn beside(&self) -> Priority {
+        if self.options.background_limit.is_some() { Priority::Background } else { Priority::ReadAhead }
+    }
+
+    /// Stored bytes of a piece for which the link has room beside readers, if that is worth a request.
+    fn idle_bytes(&self, origin: &Origin) -> Option<u64> {
+        let fast = origin.speed.bytes_in(PIECE) >= SLOW_BYTES;
+        Some(origin.speed.bytes_in_a_wait().min(PIECE_BYTES.1)).filter(|&bytes| fast && bytes >= IDLE_BYTES)
+    }
+
     /// Whether the pool takes these chunks without giving up others: those were wanted by somebody.
     fn has_room(&self, piece: &[ChunkRef]) -> bool {
         let stat = self.pool.stat();
@@ -260,9 +322,8 @@ impl Shared {
     }
 
     /// Fetches chunks that nobody waits for; says whether all came. Each is let go as soon as it is in the pool.
-    async fn fill_piece(self: &Arc<Self>, origin: &Arc<Origin>, piece: &[ChunkRef]) -> bool {
-        let asked: Vec<_> =
-            piece.iter().map(|chunk| self.ask(origin, chunk, Priority::Background, Sharing::All)).collect();
+    async fn fill_piece(self: &Arc<Self>, origin: &Arc<Origin>, piece: &[ChunkRef], priority: Priority) -> bool {
+        let asked: Vec<_> = piece.iter().map(|chunk| self.ask(origin, chunk, priority, Sharing::All)).collect();
         self.pump(origin);
         let mut all = true;
         for waiting in asked {

@@ -24,6 +24,11 @@ impl Order {
         self.chunks.len()
     }
 
+    /// The chunk with a number in the index.
+    pub(super) fn numbered(&self, number: u32) -> Option<ChunkRef> {
+        self.index.chunk(number)
+    }
+
     /// The chunk at a position.
     pub(super) fn get(&self, position: usize) -> Option<ChunkRef> {
         self.index.chunk(*self.chunks.get(position)?)

@@ -205,6 +205,9 @@ impl Shared {
             let arrived = piece.len() as u64;
             let background = priority(wants) == Priority::Background;
             behind += if begun.is_some() { arrived } else { 0 };
+            if begun.is_none() {
+                origin.speed.began(since.elapsed());
+            }
             begun.get_or_insert_with(Instant::now);
             self.cut(origin, *number, wants, (&mut at, &mut stored), &piece).await;
             let long = end.saturating_sub(at) > self.options.background_bytes;
