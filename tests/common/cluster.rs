@@ -37,8 +37,12 @@ impl Cluster {
         new
     }
 
+    fn dir_in(node: &Node) -> PathBuf {
+        node.path().join("containerd")
+    }
+
     fn socket_in(node: &Node) -> PathBuf {
-        node.path().join("containerd.sock")
+        Self::dir_in(node).join("sock")
     }
 
     /// containerd's socket.
@@ -47,18 +51,11 @@ impl Cluster {
     }
 
     fn write_config(&self) {
-        let at = self.node.path().display();
+        let at = Self::dir_in(&self.node).display().to_string();
+        fs::create_dir_all(&at).unwrap();
+        let own = include_str!("containerd.toml").replace("@AT@", &at).replace("@MORE@", "");
         let config = format!(
-            r#"version = 2
-root = "{at}/containerd"
-state = "{at}/containerd-run"
-disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp",
-  "io.containerd.internal.v1.tracing", "io.containerd.internal.v1.opt"]
-[grpc]
-address = "{at}/containerd.sock"
-[ttrpc]
-address = "{at}/containerd.sock.ttrpc"
+            r#"{own}
 [proxy_plugins.firstread]
 type = "snapshot"
 address = "{snapshotter}"

@@ -19,20 +19,9 @@ pub struct Containerd {
 impl Containerd {
     pub fn start() -> Self {
         let dir = TempDir::new().unwrap();
-        let at = dir.path().display();
-        let config = format!(
-            r#"version = 2
-root = "{at}/root"
-state = "{at}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp",
-  "io.containerd.internal.v1.tracing"]
-[grpc]
-address = "{at}/sock"
-[ttrpc]
-address = "{at}/sock.ttrpc"
-"#
-        );
+        let at = dir.path().display().to_string();
+        let without_cri = "\"io.containerd.grpc.v1.cri\", ";
+        let config = include_str!("containerd.toml").replace("@AT@", &at).replace("@MORE@", without_cri);
         std::fs::write(dir.path().join("config.toml"), config).unwrap();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
         let child = Command::new("containerd")
