@@ -8,6 +8,8 @@
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TARGET=${CARGO_TARGET_DIR:-$REPO/target}
+# shellcheck source=../tests/common/containerd.sh
+. "$REPO/tests/common/containerd.sh"
 ORIGIN_IP=10.213.77.1 # the registry's end, inside its own namespace
 NODE_IP=10.213.77.2
 
@@ -255,21 +257,7 @@ start_containerd() {
     local run=() dir=$WORK/containerd
     [ -z "${NODE:-}" ] || run=(nsenter "--net=/run/netns/$NODE" --)
     mkdir -p "$dir"
-    cat >"$dir/config.toml" <<TOML
-version = 2
-root = "$dir/root"
-state = "$dir/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp",
-  "io.containerd.internal.v1.tracing"]
-[grpc]
-address = "$dir/sock"
-[ttrpc]
-address = "$dir/sock.ttrpc"
-[proxy_plugins.firstread]
-type = "snapshot"
-address = "$WORK/snapshotter.sock"
-TOML
+    containerd_config "$dir" "$WORK/snapshotter.sock" >"$dir/config.toml"
     setsid "${run[@]}" containerd -c "$dir/config.toml" >"$LOGS/containerd.log" 2>&1 &
     CONTAINERD_PID=$!
     defer stop_containerd

@@ -40,7 +40,8 @@ pub struct FetchOptions {
     pub host_requests: usize,
     /// Most bytes a second that all fetches of [`Priority::Background`] may take together; `None`: no limit.
     pub background_limit: Option<u64>,
-    /// Most stored bytes that one such request asks for while readers are about.
+    /// Most stored bytes that one such request asks for while readers are about; one that has more left when a reader
+    /// comes is given up.
     pub background_bytes: u64,
     /// Largest gap in bytes between two chunks that are still read by one request; the gap's bytes are discarded.
     pub gap: u64,

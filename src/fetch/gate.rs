@@ -103,6 +103,7 @@ impl State {
         self.demand() || self.demanded.is_some_and(|at| at.elapsed() < RECENT)
     }
 
+    /// Whether no reader waits, and none did a moment ago.
     fn lull(&self) -> bool {
         !self.demand() && self.demanded.is_none_or(|at| at.elapsed() >= LULL)
     }

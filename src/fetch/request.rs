@@ -210,11 +210,11 @@ impl Shared {
             }
             begun.get_or_insert_with(Instant::now);
             self.cut(origin, *number, wants, (&mut at, &mut stored), &piece).await;
-            let long = end.saturating_sub(at) > self.options.background_bytes;
-            if background && long && gate.recently_in_demand() {
-                break;
-            }
             if background {
+                let is_long = end.saturating_sub(at) > self.options.background_bytes;
+                if is_long && gate.recently_in_demand() {
+                    break;
+                }
                 self.throttle.pay(arrived, &gate, || wants.iter().any(|want| want.ticket.urgent())).await;
             }
             since = Instant::now();

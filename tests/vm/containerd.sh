@@ -3,6 +3,7 @@
 # containerd and runc over ublk: containers read an image, and write to a block device of their own, while the daemon is killed KILLS
 # times and the snapshotter in between: no error, no wrong byte; afterwards nothing is left.
 . "$REPO/tests/vm/guest/lib.sh"
+. "$REPO/tests/common/containerd.sh"
 KILLS=${KILLS:-6}
 # runc wants a controller of devices, which this kernel has in the old hierarchies only.
 umount /sys/fs/cgroup
@@ -48,33 +49,20 @@ fr build --quiet "dir:$WORK/tree" "$IMAGE" >/dev/null
 
 # --- containerd ------------------------------------------------------------------------------------------------------
 
-cat >"$WORK/containerd.toml" <<TOML
-version = 2
-root = "$WORK/containerd"
-state = "$WORK/containerd-run"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp",
-  "io.containerd.internal.v1.tracing"]
-[grpc]
-address = "$WORK/containerd.sock"
-[ttrpc]
-address = "$WORK/containerd.sock.ttrpc"
-[proxy_plugins.firstread]
-type = "snapshot"
-address = "$WORK/snapshotter.sock"
-TOML
+mkdir "$WORK/containerd"
+containerd_config "$WORK/containerd" "$WORK/snapshotter.sock" >"$WORK/containerd.toml"
 containerd -c "$WORK/containerd.toml" >"$WORK/containerd.log" 2>&1 &
-ctr() { command ctr -a "$WORK/containerd.sock" "$@"; }
+ctr() { command ctr -a "$WORK/containerd/sock" "$@"; }
 until_true 30 eval 'ctr version >/dev/null 2>&1' || die "containerd does not answer: $(tail -n 3 "$WORK/containerd.log")"
 start_snapshotter() {
     "$FIRSTREAD" --root "$WORK/root" --run "$WORK/run" snapshotter --transport ublk --listen "$WORK/snapshotter.sock" \
-        --containerd "$WORK/containerd.sock" >>"$WORK/snapshotter.log" 2>&1 &
+        --containerd "$WORK/containerd/sock" >>"$WORK/snapshotter.log" 2>&1 &
     snapshotter=$!
     until_true 20 eval 'ctr snapshots --snapshotter firstread ls >/dev/null 2>&1' || die "no snapshotter: $(tail -n 3 "$WORK/snapshotter.log")"
 }
 start_daemon
 start_snapshotter
-fr pull --quiet --containerd "$WORK/containerd.sock" "$IMAGE" >/dev/null
+fr pull --quiet --containerd "$WORK/containerd/sock" "$IMAGE" >/dev/null
 
 # --- containers on one device, and one with its own ----------------------------------------------------------------------
 

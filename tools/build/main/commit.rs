@@ -86,10 +86,17 @@ struct Reach {
 }
 
 impl Reach {
+    /// Has the kernel end this process when the one that runs it is gone. To be called first.
+    fn end_with_parent(&self) -> anyhow::Result<()> {
+        let Some(parent) = self.run_by else { return Ok(()) };
+        set_parent_process_death_signal(Some(Signal::TERM)).context("ending with the process that runs this one")?;
+        // It may be gone already; then there is no signal.
+        let runs = getppid().is_some_and(|pid| u32::try_from(pid.as_raw_nonzero().get()) == Ok(parent));
+        anyhow::ensure!(runs, "process {parent}, which ran this one, is gone");
+        Ok(())
+    }
+
     fn access(self, common: &Common) -> anyhow::Result<Access> {
-        if let Some(parent) = self.run_by {
-            end_with(parent)?;
-        }
         let config = common.settings()?;
         let default = Access::default();
         Ok(Access {
@@ -102,18 +109,10 @@ impl Reach {
     }
 }
 
-/// Has the kernel end this process when the one that runs it is gone.
-fn end_with(parent: u32) -> anyhow::Result<()> {
-    set_parent_process_death_signal(Some(Signal::TERM)).context("ending with the process that runs this one")?;
-    // It may be gone already; then there is no signal.
-    let runs = getppid().is_some_and(|pid| u32::try_from(pid.as_raw_nonzero().get()) == Ok(parent));
-    anyhow::ensure!(runs, "process {parent}, which ran this one, is gone");
-    Ok(())
-}
-
 impl CommitArgs {
     /// Runs the verb.
     pub fn run(self) -> anyhow::Result<()> {
+        self.reach.end_with_parent()?;
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let request = CommitRequest {
             boot: boot(),
@@ -137,6 +136,7 @@ impl CommitArgs {
 impl DiffArgs {
     /// Runs the verb.
     pub fn run(self) -> anyhow::Result<()> {
+        self.reach.end_with_parent()?;
         let access = self.reach.access(&self.common)?;
         let request = DiffRequest { upper: self.upper, boot: boot(), temp: self.common.temp.clone(), access };
         let difference = diff(&request, &self.common.progress())?;
