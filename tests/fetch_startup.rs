@@ -14,7 +14,7 @@ use firstread::Error;
 use firstread::chunk::ChunkRef;
 use firstread::device::{Device, ImageDevice};
 use firstread::fetch::{FetchOptions, Fetcher, Origin, Priority};
-use firstread::index::{BLOCK, Blob, Index, IndexWriter, Role};
+use firstread::index::{BLOCK, Blob, Extent, Index, IndexWriter, Role};
 use firstread::map::Map;
 use firstread::pool::{Pool, PoolOptions};
 use firstread::source::{Body, Source, SourceFuture};
@@ -187,11 +187,16 @@ async fn chunks_are_usable_as_they_arrive_and_waited_for_while_they_are_on_their
     setup.gate.open.send_replace(0);
     setup.fetcher.start_up(&setup.origin, setup.index());
     let extents: Vec<_> = setup.index().startup_extents().iter().collect();
-    // One that arrives last is missed at once.
-    let last = *extents.last().unwrap();
+    // One that arrives later is missed at once, near enough to be waited for however slow it all is.
+    let start = setup.startup()[0].offset;
+    let near = |extent: &&Extent| {
+        let offset = setup.index().chunk(extent.chunk).unwrap().offset;
+        (start + 70_000..start + 120_000).contains(&offset)
+    };
+    let later = **extents.iter().find(near).as_ref().unwrap();
     let waiting = tokio::spawn({
         let setup = Arc::clone(&setup);
-        async move { setup.read(last.block, last.blocks).await }
+        async move { setup.read(later.block, later.blocks).await }
     });
     // What is not hot is fetched while the stream stands still.
     let cold = setup.index().extents().iter().find(|extent| {
@@ -210,6 +215,38 @@ async fn chunks_are_usable_as_they_arrive_and_waited_for_while_they_are_on_their
     waiting.await.unwrap();
     setup.all_streamed().await;
     assert_eq!(setup.gate.startup.lock().len(), 1, "what was on its way was not asked for again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_needs_something_from_the_end_of_a_long_stream_does_not_wait_for_all_of_it() {
+    let setup = Arc::new(setup(7));
+    let chunks = setup.startup();
+    let bytes: u64 = chunks.iter().map(|chunk| u64::from(chunk.stored_len)).sum();
+    // The last one that is small enough to come twice.
+    let late = chunks.iter().rposition(|chunk| u64::from(chunk.stored_len) < bytes / 8).unwrap();
+    let before: u64 = chunks[..late].iter().map(|chunk| u64::from(chunk.stored_len)).sum();
+    assert!(before > 2 * (128 << 10), "a stream that is long enough: {before}");
+    setup.gate.open.send_replace(0);
+    setup.fetcher.start_up(&setup.origin, setup.index());
+    let waiting = tokio::spawn({
+        let (setup, chunk) = (Arc::clone(&setup), chunks[late]);
+        async move { setup.fetcher.fetch(&setup.origin, &[chunk], Priority::Demand).await }
+    });
+    // The stream trickles; the request that overtakes it gets as much as that.
+    let mut passed = 0;
+    while !waiting.is_finished() {
+        passed += 10_000;
+        assert!(passed + (128 << 10) < before, "it was waited for until the stream had come to it");
+        setup.gate.open.send_replace(passed);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    let result = waiting.await.unwrap();
+    assert_eq!(result[0].as_ref().unwrap().digest(), &chunks[late].digest);
+    let own = (chunks[late].offset, u64::from(chunks[late].stored_len));
+    assert!(setup.gate.startup.lock().contains(&own), "{:?}", setup.gate.startup.lock());
+    setup.gate.open.send_replace(u64::MAX);
+    setup.all_streamed().await;
+    assert_eq!(setup.gate.startup.lock().len(), 2, "the rest came with the stream");
 }
 
 #[tokio::test(flavor = "multi_thread")]

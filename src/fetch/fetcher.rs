@@ -92,6 +92,8 @@ pub(super) struct Shared {
 pub(super) struct Waiting {
     progress: watch::Receiver<Progress>,
     same_origin: bool,
+    /// Who asked for it first.
+    first: Priority,
 }
 
 impl Fetcher {
@@ -131,7 +133,12 @@ impl Fetcher {
             })
             .collect();
         if priority == Priority::Demand {
-            self.shared.read_ahead(origin, chunks);
+            // What is on its way in the start-up stream says nothing of what comes next: the stream does.
+            let streamed =
+                |waiting: &Result<Waiting>| matches!(waiting, Ok(waiting) if waiting.first == Priority::Startup);
+            let missed = chunks.iter().zip(&waiting).filter(|(_, waiting)| !streamed(waiting));
+            let missed: Vec<ChunkRef> = missed.map(|(chunk, _)| *chunk).collect();
+            self.shared.read_ahead(origin, &missed);
         }
         self.shared.pump(origin);
         let mut results = Vec::with_capacity(chunks.len());
@@ -186,11 +193,11 @@ impl Shared {
         sharing: Sharing,
     ) -> Waiting {
         match self.flights.join(chunk.digest, sharing, id(origin), priority) {
-            Joined::Shared { progress, same_origin } => {
+            Joined::Shared { progress, same_origin, first } => {
                 if same_origin {
                     origin.queue.lock().promote(chunk, priority);
                 }
-                Waiting { progress, same_origin }
+                Waiting { progress, same_origin, first }
             }
             Joined::First(ticket, progress) => {
                 let want = Want::new(*chunk, ticket, priority);
@@ -207,7 +214,7 @@ impl Shared {
                 } else {
                     origin.queue.lock().push(want);
                 }
-                Waiting { progress, same_origin: true }
+                Waiting { progress, same_origin: true, first: priority }
             }
         }
     }

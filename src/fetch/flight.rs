@@ -43,6 +43,8 @@ type Key = (Digest, Sharing);
 struct Entry {
     progress: watch::Receiver<Progress>,
     origin: OriginId,
+    /// Of whoever started it.
+    priority: Priority,
     urgent: Arc<AtomicBool>,
 }
 
@@ -61,6 +63,8 @@ pub(super) enum Joined {
         progress: watch::Receiver<Progress>,
         /// Whether it is fetched from the origin that asked.
         same_origin: bool,
+        /// Of whoever asked first.
+        first: Priority,
     },
 }
 
@@ -80,11 +84,12 @@ impl Flights {
             if demanded {
                 entry.urgent.store(true, Ordering::Relaxed);
             }
-            return Joined::Shared { progress: entry.progress.clone(), same_origin: entry.origin == origin };
+            let (progress, first) = (entry.progress.clone(), entry.priority);
+            return Joined::Shared { progress, same_origin: entry.origin == origin, first };
         }
         let (sender, receiver) = watch::channel(Progress::Pending);
         let urgent = Arc::new(AtomicBool::new(demanded));
-        entries.insert(key, Entry { progress: receiver.clone(), origin, urgent: Arc::clone(&urgent) });
+        entries.insert(key, Entry { progress: receiver.clone(), origin, priority, urgent: Arc::clone(&urgent) });
         Joined::First(Ticket { key, sender, flights: Arc::clone(self), listed: true, urgent }, receiver)
     }
 }

@@ -20,6 +20,7 @@ mod log;
 mod order;
 mod origin;
 mod outage;
+mod overtake;
 mod patience;
 mod places;
 mod queue;

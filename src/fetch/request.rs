@@ -13,6 +13,7 @@ use super::fetcher::Shared;
 use super::gate::{Gate, Pass};
 use super::log::Fetched;
 use super::origin::Counters;
+use super::overtake::Overtaking;
 use super::queue::Want;
 use super::{Origin, Priority};
 use crate::error::{Error, Result};
@@ -154,6 +155,7 @@ impl Shared {
         let asked = first.priority;
         let mut since = Instant::now();
         let (mut begun, mut behind) = (None, 0);
+        let mut overtaking = Overtaking::of(end - at);
         let mut stored = Vec::new();
         while !wants.is_empty() {
             let urgent = wants.iter().any(|want| want.ticket.urgent());
@@ -210,6 +212,11 @@ impl Shared {
             }
             begun.get_or_insert_with(Instant::now);
             self.cut(origin, *number, wants, (&mut at, &mut stored), &piece).await;
+            if asked == Priority::Startup {
+                let near =
+                    at.saturating_add(Overtaking::reach(behind, begun.map_or(Duration::ZERO, |begun| begun.elapsed())));
+                self.ask_apart(origin, overtaking.take(wants, near));
+            }
             if background {
                 let is_long = end.saturating_sub(at) > self.options.background_bytes;
                 if is_long && gate.recently_in_demand() {
@@ -254,6 +261,18 @@ impl Shared {
                 self.finish(origin, number, want, std::mem::take(stored)).await;
             }
         }
+    }
+
+    /// Asks for `wants` again, apart from the stream that they were in.
+    fn ask_apart(self: &Arc<Self>, origin: &Arc<Origin>, wants: Vec<Want>) {
+        if wants.is_empty() {
+            return;
+        }
+        {
+            let mut queue = origin.queue.lock();
+            wants.into_iter().for_each(|want| queue.push(want));
+        }
+        self.pump(origin);
     }
 
     /// The bytes `from` to `end` of `blob` from source `number`, which is asked when the body is first polled.
