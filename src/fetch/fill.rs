@@ -35,6 +35,8 @@ const PIECE: Duration = Duration::from_millis(50);
 const PIECE_BYTES: (u64, u64) = (256 << 10, 4 << 20);
 /// A link that moves less in that time is slow.
 const SLOW_BYTES: u64 = 128 << 10;
+/// A wait for an answer that leaves the link idle: where it is shorter, readers keep the link busy, and are slowed down.
+const LONG_WAIT: Duration = Duration::from_millis(10);
 /// Least stored bytes that the link must have room for in a reader's wait.
 const IDLE_BYTES: u64 = 64 << 10;
 /// Pieces under way at a time where the link is fast: one is moved while the other is asked for.
@@ -311,7 +313,8 @@ impl Shared {
     /// Stored bytes of a piece for which the link has room beside readers, if that is worth a request.
     fn idle_bytes(&self, origin: &Origin) -> Option<u64> {
         let fast = origin.speed.bytes_in(PIECE) >= SLOW_BYTES;
-        Some(origin.speed.bytes_in_a_wait().min(PIECE_BYTES.1)).filter(|&bytes| fast && bytes >= IDLE_BYTES)
+        let idle = fast && origin.speed.wait() >= LONG_WAIT;
+        Some(origin.speed.bytes_in_a_wait().min(PIECE_BYTES.1)).filter(|&bytes| idle && bytes >= IDLE_BYTES)
     }
 
     /// Whether the pool takes these chunks without giving up others: those were wanted by somebody.

@@ -27,6 +27,11 @@ impl Speed {
         self.wait.store(wait, Relaxed);
     }
 
+    /// How long an answer takes to begin on a link with nothing else on it; zero where that is not known.
+    pub(super) fn wait(&self) -> Duration {
+        Duration::from_micros(self.wait.load(Relaxed))
+    }
+
     /// Bytes for which the link has room while one request waits for its answer; 0 where that is not known.
     pub(super) fn bytes_in_a_wait(&self) -> u64 {
         match (self.bytes.load(Relaxed), self.wait.load(Relaxed)) {
