@@ -128,9 +128,9 @@ fn a_snapshotter_that_does_not_come_is_an_error_with_a_next_step() {
     cluster.nothing_remains();
 }
 
-#[test]
-fn what_a_start_reads_is_on_its_way_before_there_is_a_container() {
-    let cluster = Cluster::start(&[]);
+/// Publishes `app:fast`, whose start-up pack has what a read of `/data/1` reads; no chunk of it is local. Says what its start-up
+/// pack is called and how many bytes it has.
+fn with_a_startup_pack(cluster: &Cluster) -> (String, u64) {
     cluster.publish("app", 4);
     let (image, dir) = (cluster.image("app:1"), cluster.node.mount_point("mnt").display().to_string());
     let (profile, fast) = (cluster.node.path().join("profile").display().to_string(), cluster.image("app:fast"));
@@ -143,24 +143,49 @@ fn what_a_start_reads_is_on_its_way_before_there_is_a_container() {
         .output()
         .unwrap();
     assert!(optimized.status.success(), "{}", String::from_utf8_lossy(&optimized.stderr));
-    // A pool that has none of it.
     cluster.node.done(&["pool", "trim", "0"]);
     let pack = &cluster.manifest("app:fast")["layers"][0];
     assert_eq!(pack["annotations"]["containerd.io/snapshot/firstread/role"], "startup");
+    (pack["digest"].as_str().unwrap().to_owned(), pack["size"].as_u64().unwrap())
+}
+
+/// The bytes of each answer about a blob since the registry's log had `from` bytes.
+fn fetched(cluster: &Cluster, from: usize, digest: &str) -> Vec<u64> {
+    cluster.fetched(from).into_iter().filter(|(path, _)| path.ends_with(digest)).map(|(_, bytes)| bytes).collect()
+}
+
+#[test]
+fn what_a_start_reads_is_on_its_way_before_there_is_a_container() {
+    let cluster = Cluster::start(&[]);
+    let (pack, _) = with_a_startup_pack(&cluster);
     let from = cluster.mark();
-    let fetched = || {
-        let all = cluster.fetched(from).into_iter();
-        all.filter(|(path, _)| path.ends_with(pack["digest"].as_str().unwrap()))
-            .map(|(_, bytes)| bytes)
-            .collect::<Vec<u64>>()
-    };
     cluster.pull("app:fast");
-    wait_until("the start-up pack is fetched", || !fetched().is_empty());
+    wait_until("the start-up pack is fetched", || !fetched(&cluster, from, &pack).is_empty());
     assert_eq!(cluster.node.json(&["list"]).as_array().unwrap().len(), 0);
     // The container's device asks for none of it again.
-    let once = fetched();
-    assert_eq!(cluster.run(&fast, "one", "cat /data/1 > /copy; cat /name"), "app\n");
-    assert_eq!(fetched(), once);
+    let once = fetched(&cluster, from, &pack);
+    assert_eq!(cluster.run(&cluster.image("app:fast"), "one", "cat /data/1 > /copy; cat /name"), "app\n");
+    assert_eq!(fetched(&cluster, from, &pack), once);
     cluster.remove_all();
     cluster.nothing_remains();
+}
+
+#[test]
+fn nothing_is_fetched_ahead_of_a_container_where_the_settings_say_so() {
+    let cluster = Cluster::start(&[]);
+    let (pack, bytes) = with_a_startup_pack(&cluster);
+    cluster.node.done(&["stop"]);
+    let mut daemon = cluster.node.command(&["daemon", "--prefetch", "none"]).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("the daemon runs", || {
+        cluster.node.pid() == Some(daemon.id()) && cluster.node.run(&["list"]).status.success()
+    });
+    let from = cluster.mark();
+    cluster.pull("app:fast");
+    assert_eq!(cluster.run(&cluster.image("app:fast"), "one", "cat /name"), "app\n");
+    let all: u64 = fetched(&cluster, from, &pack).iter().sum();
+    assert!(all < bytes / 2, "{all} of {bytes} bytes");
+    cluster.remove_all();
+    cluster.nothing_remains();
+    cluster.node.done(&["stop"]);
+    daemon.wait().unwrap();
 }

@@ -17,6 +17,15 @@ use crate::snapshot::wire::content::{self, WriteAction, WriteRequest, WriteRespo
 use crate::snapshot::wire::{FieldMask, Labels};
 use crate::source::RawDocument;
 
+/// How writing a blob ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Written {
+    /// It was taken.
+    Taken,
+    /// It was there, and is the lease's as well from now on: nothing collects it meanwhile.
+    There,
+}
+
 /// Why a blob was not written.
 enum Unwritten {
     /// The registry's part.
@@ -99,45 +108,51 @@ impl Puller<'_> {
 
     /// Writes a small blob. Of one that is there the labels are changed.
     pub(super) async fn write(&self, digest: &Digest, data: Bytes, labels: Labels) -> Result<(), Problem> {
-        if self.has(digest).await? {
-            return self.relabel(digest, labels).await;
-        }
         let request = WriteRequest {
             action: WriteAction::Commit.into(),
             r#ref: format!("firstread-{digest}"),
             total: i64::try_from(data.len()).unwrap_or(i64::MAX),
             expected: digest.to_string(),
             data,
-            labels,
+            labels: labels.clone(),
             ..WriteRequest::default()
         };
         let send = || self.send(futures_util::stream::iter([request.clone()]));
-        self.ask.patiently(send).await.map_err(refused)
+        match self.ask.patiently(send).await.map_err(refused)? {
+            Written::Taken => Ok(()),
+            Written::There => self.relabel(digest, labels).await,
+        }
     }
 
-    /// Sends requests of one blob; one that is there already is as good.
+    /// Sends requests of one blob.
     async fn send(
         &self,
         requests: impl futures_util::Stream<Item = WriteRequest> + Send + 'static,
-    ) -> Result<(), Status> {
+    ) -> Result<Written, Status> {
         let sent = async {
             let mut answers = self.ask.api.talk::<_, WriteResponse>(content::SERVICE, "Write", requests).await?;
             while answers.message().await?.is_some() {}
             Ok(())
         };
         match sent.await {
-            Err(status) if Status::code(&status) != Code::AlreadyExists => Err(status),
-            _ => Ok(()),
+            Ok(()) => Ok(Written::Taken),
+            Err(status) if Status::code(&status) == Code::AlreadyExists => Ok(Written::There),
+            Err(status) => Err(status),
         }
     }
 
-    pub(super) async fn has(&self, digest: &Digest) -> Result<bool, Problem> {
-        let request = content::InfoRequest { digest: digest.to_string() };
-        match self.ask.api.call::<_, content::InfoResponse>(content::SERVICE, "Info", request).await {
-            Ok(_) => Ok(true),
-            Err(status) if status.code() == Code::NotFound => Ok(false),
-            Err(status) => Err(refused(status)),
-        }
+    /// Whether containerd has a blob of so many bytes. It is asked as a writer asks, since only what it answers then is the
+    /// lease's: what an earlier pull left could be collected at any moment.
+    pub(super) async fn has(&self, digest: &Digest, bytes: u64) -> Result<bool, Problem> {
+        let request = WriteRequest {
+            action: WriteAction::Stat.into(),
+            r#ref: format!("firstread-{digest}"),
+            total: i64::try_from(bytes).unwrap_or(i64::MAX),
+            expected: digest.to_string(),
+            ..WriteRequest::default()
+        };
+        let send = || self.send(futures_util::stream::iter([request.clone()]));
+        Ok(self.ask.patiently(send).await.map_err(refused)? == Written::There)
     }
 
     pub(super) async fn relabel(&self, digest: &Digest, labels: Labels) -> Result<(), Problem> {

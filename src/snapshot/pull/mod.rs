@@ -277,7 +277,7 @@ impl Puller<'_> {
             if !seen.insert(digest.to_string()) {
                 continue;
             }
-            match self.has(&digest).await? {
+            match self.has(&digest, layer.size()).await? {
                 true => self.relabel(&digest, self.source()).await?,
                 false => missing.push(layer),
             }

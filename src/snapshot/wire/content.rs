@@ -25,15 +25,7 @@ pub struct Info {
     pub labels: Labels,
 }
 
-/// Of Info.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct InfoRequest {
-    /// Which blob.
-    #[prost(string, tag = "1")]
-    pub digest: String,
-}
-
-/// Of Info and Update.
+/// Of Update.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct InfoResponse {
     /// The blob.
