@@ -201,7 +201,7 @@ fn what_is_local_is_proven_without_asking_anybody() {
 
     node.json(&["pin", &reference]);
     node.done(&["stop"]);
-    let asked = registry.log();
+    let asked = registry.settled_log();
     let whole = node.json(&["verify", "--offline", &reference]);
     assert_eq!((&whole["sound"], &whole["pinned"], &whole["missing"]), (&true.into(), &true.into(), &0.into()));
     assert_eq!(number(&whole, "local_bytes"), number(&whole, "bytes"));

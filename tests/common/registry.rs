@@ -115,6 +115,20 @@ impl Registry {
         std::fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
+    /// The log when nothing has been added to it for a while: a request is logged when it has ended, which its client may
+    /// know before.
+    pub fn settled_log(&self) -> String {
+        let mut log = self.log();
+        loop {
+            std::thread::sleep(Duration::from_millis(300));
+            let now = self.log();
+            if now == log {
+                return log;
+            }
+            log = now;
+        }
+    }
+
     fn log_path(&self) -> PathBuf {
         self.dir.path().join("log")
     }
