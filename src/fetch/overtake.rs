@@ -8,11 +8,10 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::queue::Want;
+use super::speed::Speed;
 
 /// What comes within this time is waited for: a request takes a round trip, and shares the link with the stream.
 const SOON: Duration = Duration::from_millis(150);
-/// Bytes that say how fast a stream is.
-const TELLING: u64 = 16 << 10;
 /// What is as near as this is waited for at any speed.
 const NEAR: u64 = 128 << 10;
 /// Of the stream's bytes, at most one in so many comes twice.
@@ -33,11 +32,9 @@ impl Overtaking {
     /// How many bytes of a stream come soon, of which `bytes` came in `time` behind its first piece. All of them while that
     /// does not tell.
     pub(super) fn reach(bytes: u64, time: Duration) -> u64 {
-        if bytes < TELLING {
-            return u64::MAX;
-        }
-        let speed = bytes as f64 / time.as_secs_f64().max(1e-3);
-        ((speed * SOON.as_secs_f64()) as u64).max(NEAR)
+        let speed = Speed::default();
+        speed.came(bytes, time);
+        speed.bytes_in(SOON).max(NEAR)
     }
 
     /// Takes those out of `wants`, ascending in offset, that a reader waits for and that begin behind the byte `near`.

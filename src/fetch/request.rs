@@ -206,15 +206,14 @@ impl Shared {
             }
             let arrived = piece.len() as u64;
             let background = priority(wants) == Priority::Background;
-            behind += if begun.is_some() { arrived } else { 0 };
-            if begun.is_none() {
-                origin.speed.began(since.elapsed());
+            match begun {
+                Some(_) => behind += arrived,
+                None => origin.speed.began(since.elapsed()),
             }
-            begun.get_or_insert_with(Instant::now);
+            let first_came = *begun.get_or_insert_with(Instant::now);
             self.cut(origin, *number, wants, (&mut at, &mut stored), &piece).await;
             if asked == Priority::Startup {
-                let near =
-                    at.saturating_add(Overtaking::reach(behind, begun.map_or(Duration::ZERO, |begun| begun.elapsed())));
+                let near = at.saturating_add(Overtaking::reach(behind, first_came.elapsed()));
                 self.ask_apart(origin, overtaking.take(wants, near));
             }
             if background {

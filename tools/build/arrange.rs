@@ -37,6 +37,11 @@ pub(super) struct Arranged {
 }
 
 impl Arranged {
+    /// The inode of a node, if it got one.
+    pub(super) fn inode(&self, node: NodeId) -> Option<InodeId> {
+        self.inodes.get(node as usize).copied().flatten()
+    }
+
     /// The jobs that hold the data of the `wanted` files: several files may share one.
     pub(super) fn jobs(&self, wanted: &HashSet<InodeId>) -> HashMap<InodeId, Vec<u32>> {
         let (mut runs, mut at, mut found) = (self.runs.iter().peekable(), Vec::new(), HashMap::new());

@@ -16,7 +16,7 @@ use super::likely::{self, Command, Contents, Data, Likely};
 use super::metadata::{DeviceExtent, Windows};
 use super::pipeline::{Pipeline, Settings};
 use super::progress::{Event, Progress};
-use super::rootfs::{NodeId, Rootfs, Whiteouts};
+use super::rootfs::{Rootfs, Whiteouts};
 use super::{Request, Tree, layer, raw, reuse, verity, walk};
 use crate::error::{Error, Result};
 use crate::ext4::{self, InodeId};
@@ -202,21 +202,19 @@ fn file_system(mut arranged: Arranged, size: Option<u64>, start: &Start<'_>) -> 
 
 /// The inodes that a start probably looks up, in that order.
 fn likely_inodes(arranged: &Arranged, likely: &Likely) -> Vec<InodeId> {
-    let inode = |node: &NodeId| arranged.inodes.get(*node as usize).copied().flatten();
-    likely.nodes.iter().filter_map(inode).collect()
+    likely.nodes.iter().filter_map(|node| arranged.inode(*node)).collect()
 }
 
 /// The jobs with the data that it probably reads, in that order.
 fn likely_jobs(arranged: &Arranged, likely: &Likely) -> Vec<u32> {
-    let inode = |node: NodeId| arranged.inodes.get(node as usize).copied().flatten();
     let small = likely.data.iter().filter_map(|data| match data {
-        Data::Small(node) => inode(*node),
+        Data::Small(node) => arranged.inode(*node),
         Data::Piece(_) => None,
     });
     let jobs = arranged.jobs(&small.collect());
     let of = |data: &Data| match data {
         Data::Piece(job) => vec![*job],
-        Data::Small(node) => inode(*node).and_then(|inode| jobs.get(&inode).cloned()).unwrap_or_default(),
+        Data::Small(node) => arranged.inode(*node).and_then(|inode| jobs.get(&inode).cloned()).unwrap_or_default(),
     };
     likely.data.iter().flat_map(of).collect()
 }
