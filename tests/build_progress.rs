@@ -2,11 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/terminal.rs"]
+mod terminal;
+
 use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use terminal::{contains, on_a_terminal};
 
 /// An image of two layers, so that there is something to count.
 const IMAGE: &str = r#"
@@ -24,51 +28,30 @@ fn image() -> TempDir {
     temp
 }
 
-/// The words of a command that builds the image into the layout `to`.
-fn words(to: &str, more: &[&str]) -> Vec<String> {
-    let program = env!("CARGO_BIN_EXE_firstread-build").to_owned();
-    let fixed = ["build".into(), "oci:source:t".into(), format!("oci:{to}:t"), "--cache".into(), "cache".into()];
-    [program].into_iter().chain(fixed).chain(more.iter().map(|word| (*word).to_owned())).collect()
+/// Builds the image into the layout `to`.
+fn command(dir: &Path, to: &str, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_firstread-build"));
+    command.args(["build", "oci:source:t", &format!("oci:{to}:t"), "--cache", "cache"]).args(more).current_dir(dir);
+    command
 }
 
 fn build(dir: &Path, to: &str, more: &[&str]) -> Output {
-    let words = words(to, more);
-    let output = Command::new(&words[0]).args(&words[1..]).current_dir(dir).output().unwrap();
+    let output = command(dir, to, more).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     output
-}
-
-/// What is written to a terminal when it runs on one.
-fn on_a_terminal(dir: &Path, to: &str, more: &[&str]) -> String {
-    let command = words(to, more).join(" ");
-    let output = Command::new("script")
-        .args(["--quiet", "--return", "--flush", "--command", &command, "/dev/null"])
-        .env("TERM", "xterm")
-        .env("COLUMNS", "200")
-        .current_dir(dir)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn contains(text: &str, words: &[&str]) {
-    for word in words {
-        assert!(text.contains(word), "{word:?} is not in {text}");
-    }
 }
 
 #[test]
 fn a_bar_and_a_table_on_a_terminal() {
     let temp = image();
-    let shown = on_a_terminal(temp.path(), "to", &[]);
+    let shown = on_a_terminal(&command(temp.path(), "to", &[]));
     // The bar is drawn over itself.
     contains(
         &shown,
         &["\r", "reading", "layer 1 of 2 (sha256:", "layer 2 of 2 (sha256:", "packing", "chunks, 0 reused"],
     );
     contains(&shown, &["publishing [", "image", "oci:to:t", "3 inodes", "layers", "2, ", "stored", "0 B reused"]);
-    let again = on_a_terminal(temp.path(), "again", &["--reuse", "oci:to:t"]);
+    let again = on_a_terminal(&command(temp.path(), "again", &["--reuse", "oci:to:t"]));
     contains(&again, &["layer 2 of 2 (sha256:", "from the cache", "2, 2 from the cache, 0 B read", "0 B new"]);
 }
 
@@ -93,6 +76,6 @@ fn one_document_or_one_digest_and_nothing_else() {
     assert!(quiet.stderr.is_empty() && json.stderr.is_empty(), "{quiet:?} {json:?}");
     let report: Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!(String::from_utf8(quiet.stdout).unwrap().trim_end(), report["digest"].as_str().unwrap());
-    let shown = on_a_terminal(temp.path(), "three", &["--quiet"]);
+    let shown = on_a_terminal(&command(temp.path(), "three", &["--quiet"]));
     assert_eq!(shown.trim_end(), report["digest"].as_str().unwrap());
 }

@@ -9,6 +9,8 @@ mod program;
 mod registry;
 #[path = "common/snapshotter.rs"]
 mod snapshotter;
+#[path = "common/terminal.rs"]
+mod terminal;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -16,32 +18,12 @@ use std::process::{Command, Stdio};
 use cluster::Cluster;
 use program::wait_until;
 use serde_json::Value;
+use terminal::{contains, on_a_terminal};
 
 /// `firstread pull` of an image, with more options.
 fn pull(cluster: &Cluster, name: &str, options: &[&str]) -> Command {
     let (socket, image) = (cluster.socket().display().to_string(), cluster.image(name));
     cluster.node.command(&[&["pull", "--containerd", &socket, &image], options].concat())
-}
-
-/// What it writes to a terminal.
-fn on_a_terminal(command: &Command) -> String {
-    let words: Vec<&str> =
-        std::iter::once(command.get_program()).chain(command.get_args()).map(|word| word.to_str().unwrap()).collect();
-    let output = Command::new("script")
-        .args(["--quiet", "--return", "--flush", "--command", &words.join(" "), "/dev/null"])
-        .env("TERM", "xterm")
-        .env("COLUMNS", "200")
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn contains(text: &str, words: &[&str]) {
-    for word in words {
-        assert!(text.contains(word), "{word:?} is not in {text}");
-    }
 }
 
 #[test]
