@@ -1,12 +1,15 @@
 //! Any log in a journal, and hostile structures around it: an error, or what the kernel's replay makes of it.
 #![no_main]
 
+mod input;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use firstread::Error;
 use firstread::ext4::{Addition, BLOCK_SIZE, Inode, Kind, Options, Settled, Time, Tree, add_journal, plan, settle};
+use input::Input;
 use libfuzzer_sys::fuzz_target;
 
 const MAGIC: u32 = 0xc03b_3998;
@@ -73,22 +76,7 @@ fn read(blocks: &Blocks, len: u32, first: u32, buf: &mut [u8]) -> firstread::Res
     Ok(())
 }
 
-/// Reads the input as decisions; at its end, all are zero.
-struct Input<'a>(&'a [u8]);
-
 impl Input<'_> {
-    fn bytes<const N: usize>(&mut self) -> [u8; N] {
-        let mut bytes = [0; N];
-        let len = N.min(self.0.len());
-        bytes[..len].copy_from_slice(&self.0[..len]);
-        self.0 = &self.0[len..];
-        bytes
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.bytes::<1>()[0]
-    }
-
     /// A block that the log is about: mostly one of a few that nothing is in.
     fn block(&mut self, base: &Base) -> u32 {
         match self.byte() {

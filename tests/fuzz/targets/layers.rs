@@ -1,23 +1,13 @@
 //! A stack of layers whose entries meet: few names, all kinds, marks, links, paths that climb. An error or a result, soon.
 #![no_main]
 
+mod input;
+
 use firstread::build::{Limits, flatten};
+use input::Input;
 use libfuzzer_sys::fuzz_target;
 
-/// Reads the input as decisions; at its end, all are zero.
-struct Input<'a>(&'a [u8]);
-
 impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        match self.0.split_first() {
-            Some((first, rest)) => {
-                self.0 = rest;
-                *first
-            }
-            None => 0,
-        }
-    }
-
     fn path(&mut self) -> String {
         let parts = ["a", "b", "c", "d", "..", ".", "", "e"];
         let shape = self.byte();

@@ -2,25 +2,13 @@
 //! that does not overlap.
 #![no_main]
 
+mod input;
+
 use firstread::ext4::{BLOCK_SIZE, Inode, InodeId, Kind, Options, Segment, Time, Tree, plan};
+use input::Input;
 use libfuzzer_sys::fuzz_target;
 
-/// Reads the input as decisions; at its end, all are zero.
-struct Input<'a>(&'a [u8]);
-
 impl Input<'_> {
-    fn bytes<const N: usize>(&mut self) -> [u8; N] {
-        let mut bytes = [0; N];
-        let len = N.min(self.0.len());
-        bytes[..len].copy_from_slice(&self.0[..len]);
-        self.0 = &self.0[len..];
-        bytes
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.bytes::<1>()[0]
-    }
-
     fn word(&mut self) -> u32 {
         u32::from_le_bytes(self.bytes())
     }
