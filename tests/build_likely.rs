@@ -4,6 +4,8 @@
 
 #[path = "common/built.rs"]
 mod built;
+#[path = "common/committed.rs"]
+mod committed;
 #[path = "common/ext4.rs"]
 mod ext4;
 #[path = "common/nodes.rs"]
@@ -14,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use built::{Layout, request, run, shell, try_build};
+use committed::{BLOCK, Generation};
 use firstread::Digest;
 use firstread::build::Report;
 use firstread::index::Index;
@@ -189,4 +192,42 @@ fn what_can_not_be_run_is_no_error_and_nothing_is_guessed() {
             .unwrap();
     let index = Index::from_bytes(Layout(layout).index(&report.digest.to_string())).unwrap();
     assert_eq!(index.likely_chunks(), 0);
+}
+
+#[test]
+fn a_commit_keeps_the_guess_where_it_lies() {
+    const PIECE: usize = 256 << 10;
+    let temp = tempfile::tempdir().unwrap();
+    tree(temp.path());
+    let config = json!({"Entrypoint": ["/usr/local/bin/runner"], "Cmd": ["--quiet"]});
+    let (index, _) = build(temp.path(), "app", &config);
+    let parent = Generation::open(&temp.path().join("layout"), "app", temp.path());
+    let guess = likely(&index);
+    let places = |wanted: &dyn Fn(u32) -> bool| -> Vec<usize> {
+        let whole = index.extents().iter().filter(|extent| extent.blocks as usize * BLOCK == PIECE);
+        whole.filter(|extent| wanted(extent.chunk)).map(|extent| extent.block as usize).collect()
+    };
+    // A block in the middle of a file that a start needs, and one of a file that none does.
+    let needed = *places(&|chunk| chunk < index.likely_chunks()).last().unwrap();
+    let aside = *places(&|chunk| chunk >= index.likely_chunks()).last().unwrap();
+    let blocks = [needed, aside].map(|place| (place as u64 + 3, Some(vec![7; BLOCK])));
+    let upper = temp.path().join("upper");
+    parent.write(&upper, &blocks);
+    let (before, after) = (parent.bytes.clone(), parent.with(&blocks));
+    let piece = |bytes: &[u8], place: usize| Digest::of(&bytes[place * BLOCK..][..PIECE]);
+    let expected: Vec<Digest> = guess
+        .iter()
+        .map(|digest| if *digest == piece(&before, needed) { piece(&after, needed) } else { *digest })
+        .collect();
+    assert_ne!(expected, guess);
+    let child = |tag: &str, changes: &[&str]| {
+        parent.commit_with(&upper, tag, changes).unwrap();
+        Generation::open(&parent.layout, tag, temp.path()).index()
+    };
+    let same = child("same", &[]);
+    assert_eq!(likely(&same), expected);
+    assert!(same.chunks().any(|chunk| chunk.digest == piece(&after, aside)));
+    // It is of the program: other arguments are nothing to it, and of another program it says nothing.
+    assert_eq!(likely(&child("arguments", &[r#"CMD ["--loud"]"#])), expected);
+    assert_eq!(child("program", &[r#"ENTRYPOINT ["/usr/bin/env"]"#]).likely_chunks(), 0);
 }

@@ -76,8 +76,15 @@ impl Generation {
 
     /// Commits such an upper as `tag` of the same layout.
     pub fn commit(&self, dir: &Path, tag: &str) -> Result<Report> {
+        self.commit_with(dir, tag, &[])
+    }
+
+    /// Commits such an upper, with changes of the config.
+    pub fn commit_with(&self, dir: &Path, tag: &str, changes: &[&str]) -> Result<Report> {
         let destination = format!("oci:{}:{tag}", self.layout.display()).parse().unwrap();
-        let request = CommitRequest { boot: BOOT.to_owned(), ..CommitRequest::new(dir.to_owned(), destination) };
+        let changes = changes.iter().map(|change| change.parse().unwrap()).collect();
+        let request =
+            CommitRequest { boot: BOOT.to_owned(), changes, ..CommitRequest::new(dir.to_owned(), destination) };
         let progress: Arc<dyn Progress> = Arc::new(Silent);
         commit(&request, &progress)
     }

@@ -13,6 +13,7 @@ mod change;
 mod compact;
 mod diff;
 mod files;
+mod likely;
 mod parent;
 mod plan;
 mod ranges;
@@ -173,10 +174,14 @@ pub fn commit(request: &CommitRequest, progress: &Arc<dyn Progress>) -> Result<R
     extents.extend(maker.kept(&plan, &mut pipeline)?);
     let store = pipeline.finish()?;
     extents.sort_unstable_by_key(|extent| extent.block);
+    let extents = joined(extents);
+    let config = parent.config(request)?;
+    // For another program nobody guessed.
+    let likely = if parent.runs_with(&config) { likely::jobs(&index, &extents) } else { Vec::new() };
     let draft = || destination.repository.draft(&request.temp);
     let parts = Parts {
-        likely: &[],
-        extents: &joined(extents),
+        likely: &likely,
+        extents: &extents,
         device_bytes: written.overlay.size(),
         file_system: index.file_system(),
         store: &store,
@@ -189,7 +194,7 @@ pub fn commit(request: &CommitRequest, progress: &Arc<dyn Progress>) -> Result<R
     let assembled = assemble(&parts, &**progress)?;
     let input = Input {
         platform: parent.platform().clone(),
-        config: parent.config(request)?,
+        config,
         annotations: parent.annotations(),
         root: Root::Layers(Vec::new()),
     };

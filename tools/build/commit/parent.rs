@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 
 use super::{CommitRequest, change};
 use crate::build::Request;
+use crate::build::likely::Command;
 use crate::build::reuse::Earlier;
 use crate::build::scratch::Scratch;
 use crate::chunk::{ChunkRef, Digest, Verified};
@@ -171,6 +172,11 @@ impl Parent {
         change::apply(&request.changes, &mut settings)?;
         object.insert("config".into(), settings);
         Ok(config)
+    }
+
+    /// Whether its own config and `config` run the same program.
+    pub(super) fn runs_with(&self, config: &Value) -> bool {
+        Command::of(&self.config).program() == Command::of(config).program()
     }
 
     /// Fetches what is not local of these chunks, verified.

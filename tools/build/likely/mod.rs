@@ -66,6 +66,11 @@ impl Command {
         }
     }
 
+    /// The program that it begins with, as it is called.
+    pub(super) fn program(&self) -> Option<&str> {
+        self.entrypoint.first().or(self.arguments.first()).map(String::as_str)
+    }
+
     fn absolute(&self, path: &str) -> String {
         if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", self.directory) }
     }
