@@ -1,7 +1,13 @@
 //! `firstread report`: a start explained on one page.
 
+mod cells;
+mod facts;
+mod names;
 mod page;
+mod ranges;
 mod start;
+mod totals;
+mod wait;
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +26,8 @@ use crate::daemon::explore::{CELLS_MAX, Filling};
 use crate::daemon::trace::Trace;
 use crate::oci::Reference;
 use crate::profile::Profile;
-use start::{Explained, Facts, explain};
+use facts::Facts;
+use start::{Explained, explain};
 
 /// Ranges that one call asks the names of.
 const RANGES: usize = 50_000;
