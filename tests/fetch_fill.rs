@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use firstread::device::{Device, ImageDevice};
 use firstread::fetch::{FetchOptions, Fetcher, Origin, Prefetch};
-use firstread::index::{Blob, Index, IndexWriter};
+use firstread::index::{Blob, Index};
 use firstread::map::Map;
 use firstread::pool::{Pool, PoolOptions};
 use firstread::source::{Body, Source, SourceFuture};
@@ -70,29 +70,9 @@ struct Setup {
     _dir: tempfile::TempDir,
 }
 
-/// The generated image without its start-up tables; a start of it probably reads the first `likely` chunks.
-fn without_startup(old: &Index, likely: u32) -> Arc<Index> {
-    let mut writer = IndexWriter::new();
-    for blob in old.blobs() {
-        writer.blob(&blob);
-    }
-    for chunk in old.chunks() {
-        writer.chunk(&chunk);
-    }
-    for extent in old.extents().iter() {
-        writer.extent(extent);
-    }
-    writer.likely_chunks(likely);
-    Arc::new(Index::from_bytes(writer.finish(old.device_bytes(), "raw").unwrap()).unwrap())
-}
-
 fn setup(seed: u64, rate: f64) -> Setup {
-    setup_likely(seed, rate, 0)
-}
-
-fn setup_likely(seed: u64, rate: f64, likely: u32) -> Setup {
     let image = Generated::new(seed, 4000);
-    let index = without_startup(image.map.index(), likely);
+    let index = image.without_startup(0);
     let link = Arc::new(Link {
         inner: Arc::clone(&image.source),
         rate,
@@ -170,27 +150,6 @@ async fn on_a_slow_link_it_waits_while_readers_miss_and_ends_with_the_device() {
     assert_eq!(setup.link.requests.lock().len(), asked, "nobody needs the rest");
     assert!(setup.local() < setup.index.chunks().len());
     assert!(setup.image.source.requests.load(Relaxed) > 0);
-}
-
-/// The background stands back while a reader misses chunk after chunk; what is likely does not, on a link that is fast.
-#[tokio::test(flavor = "multi_thread")]
-async fn likely_chunks_come_beside_a_reader_that_misses_others() {
-    let setup = setup_likely(3, 1e9, 40);
-    let device = setup.device.as_ref().unwrap();
-    let likely: Vec<_> = (0..40).map(|number| setup.index.chunk(number).unwrap().digest).collect();
-    let missing = || likely.iter().filter(|digest| !setup.pool.contains(digest)).count();
-    device.prefetch(Prefetch::All);
-    let mut missed = 0;
-    for extent in setup.index.extents().iter().collect::<Vec<_>>().iter().rev() {
-        let chunk = setup.index.chunk(extent.chunk).unwrap();
-        if missing() == 0 || likely.contains(&chunk.digest) {
-            break;
-        }
-        let mut buf = vec![0; 4096];
-        device.read_at(u64::from(extent.block) * 4096, &mut buf).await.unwrap();
-        missed += 1;
-    }
-    assert_eq!(missing(), 0, "after {missed} reads");
 }
 
 #[test]

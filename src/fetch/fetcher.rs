@@ -34,7 +34,8 @@ pub struct FetchOptions {
     /// How long readers wait while no source can be reached, unless their origin has a patience of its own; `None` is
     /// for ever.
     pub on_outage: Option<Duration>,
-    /// Most requests in flight for one origin; the last one of several is kept for [`Priority::Demand`].
+    /// Most requests in flight for one origin; the last one of several is kept for [`Priority::Demand`]. Those of
+    /// [`Priority::Background`] take none of these places from others.
     pub requests: usize,
     /// Most requests in flight to one host, over all origins; at least 2.
     pub host_requests: usize,

@@ -40,11 +40,11 @@ impl Shared {
         loop {
             let background = self.background_bytes(origin);
             let batch = origin.queue.lock().start(&self.options, background);
-            let Some(batch) = batch else { return };
+            let Some((batch, priority)) = batch else { return };
             let (shared, origin) = (Arc::clone(self), Arc::clone(origin));
             tokio::spawn(async move {
                 shared.serve(&origin, batch).await;
-                origin.queue.lock().done();
+                origin.queue.lock().done(priority);
                 shared.pump(&origin);
             });
         }

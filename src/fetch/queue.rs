@@ -71,6 +71,35 @@ impl Want {
 /// Blob, offset, and a serial number to tell equal places apart.
 type Place = (u32, u64, u64);
 
+/// Requests that were taken out of a queue. Those in the background may stand at their host's gate for long, while readers
+/// go through it: they are counted by themselves, and take no place from others.
+#[derive(Default)]
+struct Running {
+    background: usize,
+    others: usize,
+}
+
+impl Running {
+    fn of(&mut self, priority: Priority) -> &mut usize {
+        match priority {
+            Priority::Background => &mut self.background,
+            _ => &mut self.others,
+        }
+    }
+
+    /// The least priority of a request that may be taken now, of `limit` ones.
+    fn least(&self, limit: usize) -> Option<Priority> {
+        // The last place of several is kept for readers that wait.
+        let kept = usize::from(limit > 1);
+        match self.others {
+            others if others + self.background + kept < limit => Some(Priority::Background),
+            others if others + kept < limit => Some(Priority::ReadAhead),
+            others if others < limit => Some(Priority::Demand),
+            _ => None,
+        }
+    }
+}
+
 /// The queue of an origin. Its lock is held for lookups only.
 #[derive(Default)]
 pub(super) struct Queue {
@@ -78,8 +107,8 @@ pub(super) struct Queue {
     /// Places in order of arrival for each priority; what is no longer waiting there is skipped.
     order: [VecDeque<Place>; 4],
     serial: u64,
-    /// Requests in flight.
-    running: usize,
+    /// Requests that were taken and have not ended.
+    running: Running,
     /// Since when no source can be reached. While this is set one task alone probes the sources.
     down_since: Option<Instant>,
 }
@@ -111,19 +140,17 @@ impl Queue {
         }
     }
 
-    /// Takes the next request if another one may run; [`done`](Self::done) must follow. The chunks are in order of
-    /// offset and don't overlap.
-    pub(super) fn start(&mut self, options: &FetchOptions, background_bytes: u64) -> Option<Vec<Want>> {
-        let limit = options.requests.max(1);
-        if self.down_since.is_some() || self.running >= limit {
+    /// Takes the next request if another one may run; [`done`](Self::done) must follow with what is returned along. The
+    /// chunks are in order of offset and don't overlap.
+    pub(super) fn start(&mut self, options: &FetchOptions, background_bytes: u64) -> Option<(Vec<Want>, Priority)> {
+        if self.down_since.is_some() {
             return None;
         }
-        // The last slot is kept for readers that wait.
-        let urgent_only = limit > 1 && self.running + 1 == limit;
-        let least = if urgent_only { Priority::Demand } else { Priority::Background };
+        let least = self.running.least(options.requests.max(1))?;
         let batch = self.take(options, least, background_bytes)?;
-        self.running += 1;
-        Some(batch)
+        let priority = batch.iter().map(|want| want.priority).min()?;
+        *self.running.of(priority) += 1;
+        Some((batch, priority))
     }
 
     /// Takes the next request of at least the priority `least`, whatever runs.
@@ -176,9 +203,10 @@ impl Queue {
         batch
     }
 
-    /// A request has ended.
-    pub(super) fn done(&mut self) {
-        self.running = self.running.saturating_sub(1);
+    /// A request has ended that was taken with `priority`.
+    pub(super) fn done(&mut self, priority: Priority) {
+        let running = self.running.of(priority);
+        *running = running.saturating_sub(1);
     }
 
     /// No source could be reached since `since`. True for the caller that has to probe them from now on.

@@ -161,6 +161,23 @@ impl Generated {
         Self { map: Map::new(Arc::new(index)), source, reference }
     }
 
+    /// The image's index without its start-up tables; a start of it probably reads the first `likely` chunks.
+    pub fn without_startup(&self, likely: u32) -> Arc<Index> {
+        let old = self.map.index();
+        let mut writer = IndexWriter::new();
+        for blob in old.blobs() {
+            writer.blob(&blob);
+        }
+        for chunk in old.chunks() {
+            writer.chunk(&chunk);
+        }
+        for extent in old.extents().iter() {
+            writer.extent(extent);
+        }
+        writer.likely_chunks(likely);
+        Arc::new(Index::from_bytes(writer.finish(old.device_bytes(), "raw").unwrap()).unwrap())
+    }
+
     /// The blobs in the index's order.
     pub fn blobs(&self) -> Vec<Blob> {
         self.map.index().blobs().collect()
