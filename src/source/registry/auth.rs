@@ -13,12 +13,13 @@ use base64::Engine;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
-use reqwest::Url;
 use reqwest::header::{HeaderMap, HeaderValue};
+use reqwest::{Method, Url};
 use serde::Deserialize;
 
 use super::challenge::Challenge;
 use super::credentials::{self, Credentials};
+use super::http::Http;
 use super::wire::{self, Timeouts};
 use crate::error::{Error, Result};
 
@@ -55,7 +56,7 @@ struct Issuer {
     host: String,
     plain_http: bool,
     config: Option<PathBuf>,
-    client: reqwest::Client,
+    client: Arc<Http>,
     timeouts: Timeouts,
 }
 
@@ -79,7 +80,7 @@ impl Auth {
         base: &Url,
         host: String,
         config: Option<PathBuf>,
-        client: reqwest::Client,
+        client: Arc<Http>,
         timeouts: Timeouts,
     ) -> Self {
         let plain_http = base.scheme() == "http";
@@ -172,7 +173,10 @@ impl Issuer {
                     ],
                 );
                 let form = form.ok().and_then(|url| url.query().map(str::to_owned)).unwrap_or_default();
-                self.client.post(url).header("content-type", "application/x-www-form-urlencoded").body(form)
+                self.client
+                    .request(Method::POST, url)?
+                    .header("content-type", "application/x-www-form-urlencoded")
+                    .body(form)
             }
             other => {
                 let mut query = url.query_pairs_mut();
@@ -183,9 +187,9 @@ impl Issuer {
                 drop(query);
                 match other {
                     Credentials::Password { user, password } => {
-                        self.client.get(url).header("authorization", basic(user, password)?)
+                        self.client.request(Method::GET, url)?.header("authorization", basic(user, password)?)
                     }
-                    _ => self.client.get(url),
+                    _ => self.client.request(Method::GET, url)?,
                 }
             }
         };

@@ -137,7 +137,7 @@ impl Client {
     /// Asks where the registry redirected to before. Whatever goes wrong there, the registry is asked again.
     async fn shortcut(&self, call: &Call, accept: &impl Fn(StatusCode) -> bool) -> Option<Response> {
         let url = self.redirects.get(&call.url).filter(|_| call.keeps_redirect())?;
-        let request = self.link.http.request(call.method.clone(), url).headers(call.headers.clone());
+        let request = self.link.http.request(call.method.clone(), url).ok()?.headers(call.headers.clone());
         match wire::send(request, &self.name, self.link.timeouts).await {
             Ok(response) if accept(response.status()) => Some(response),
             _ => {
@@ -153,7 +153,7 @@ impl Client {
         let mut url = call.url.clone();
         let mut at_home = url.origin() == self.base.origin();
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.link.http.request(call.method.clone(), url.clone()).headers(call.headers.clone());
+            let mut request = self.link.http.request(call.method.clone(), url.clone())?.headers(call.headers.clone());
             if at_home {
                 request = request.headers(self.link.headers.clone());
             }

@@ -9,6 +9,7 @@ mod client;
 mod connections;
 mod credentials;
 mod hosts;
+mod http;
 mod push;
 mod range;
 mod redirects;
