@@ -1,11 +1,13 @@
 //! What the daemon remembers of its devices across its own death: one small file each, `<id>.json`.
 //!
-//! A record is written beside its place, synced and renamed into it, so that it is there whole or not at all. A record that
-//! is damaged all the same is set aside and costs one device, not the daemon.
+//! A record is written beside its place and renamed into it, so that the next daemon finds it whole or not at all. Nothing is
+//! synced, which would be half of what an attach takes: devices end with the machine, and so what a loss of power makes of
+//! their records does not matter. A record that is damaged all the same is set aside and costs one device, not the daemon.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +94,8 @@ impl Records {
             match path.extension().and_then(|extension| extension.to_str()) {
                 Some("json") => match read(&path) {
                     Ok(record) => found.records.push(record),
+                    // What a loss of power left half written.
+                    Err(_) if is_of_an_earlier_boot(&path) => fs::remove_file(&path).map_err(failed)?,
                     Err(reason) => {
                         let mut aside = path.clone().into_os_string();
                         aside.push(".damaged");
@@ -108,7 +112,7 @@ impl Records {
         Ok(found)
     }
 
-    /// Writes a record durably, over an older one of the same device.
+    /// Writes a record, over an older one of the same device. It outlives this process, not the machine.
     ///
     /// # Errors
     /// What the system says; the older record is then still there.
@@ -116,11 +120,8 @@ impl Records {
         let path = self.path(&record.device.id);
         let written = || -> io::Result<()> {
             let new = path.with_extension("new");
-            let mut file = File::create(&new)?;
-            file.write_all(&serde_json::to_vec(record)?)?;
-            file.sync_all()?;
-            fs::rename(&new, &path)?;
-            self.sync()
+            fs::write(&new, serde_json::to_vec(record)?)?;
+            fs::rename(&new, &path)
         };
         written().map_err(|error| Error::io(format!("writing the record {}", path.display()), error))
     }
@@ -131,7 +132,7 @@ impl Records {
     /// What the system says.
     pub fn remove(&self, id: &str) -> Result<()> {
         let path = self.path(id);
-        match fs::remove_file(&path).and_then(|()| self.sync()) {
+        match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(Error::io(format!("removing the record {}", path.display()), error))
             }
@@ -139,13 +140,16 @@ impl Records {
         }
     }
 
-    fn sync(&self) -> io::Result<()> {
-        File::open(&self.dir)?.sync_all()
-    }
-
     fn path(&self, id: &str) -> PathBuf {
         self.dir.join(format!("{id}.json"))
     }
+}
+
+/// Whether a file was written before the machine started.
+fn is_of_an_earlier_boot(path: &Path) -> bool {
+    let running = Duration::from_secs(rustix::system::sysinfo().uptime.try_into().unwrap_or(0));
+    let written = fs::metadata(path).and_then(|metadata| metadata.modified());
+    written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age > running + Duration::from_secs(1)))
 }
 
 fn read(path: &Path) -> std::result::Result<Record, String> {
@@ -216,5 +220,13 @@ mod tests {
         assert_eq!(found.damaged.len(), 2);
         assert!(!dir.path().join("e-1.new").exists());
         assert!(records.load().unwrap().damaged.is_empty(), "set aside once");
+        // What was not on the disk yet when the machine stopped.
+        let torn = dir.path().join("f-1.json");
+        fs::write(&torn, "").unwrap();
+        let earlier = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+        fs::File::options().write(true).open(&torn).unwrap().set_modified(earlier).unwrap();
+        let found = records.load().unwrap();
+        assert_eq!((found.records.len(), found.damaged.len()), (2, 0));
+        assert!(!torn.exists());
     }
 }
