@@ -12,6 +12,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use super::control::{JobState, Kind, Pin, Problem, ScrubAnswer, Trimmed};
+use super::images::index_cache;
 use super::jobs::Job;
 use super::mending::mend;
 use super::node::{Node, blocking};
@@ -20,7 +21,7 @@ use super::sharing::{Count, ImageShare, Sharing};
 use super::startset::start_set;
 use crate::chunk::{ChunkRef, Digest};
 use crate::error::{Error, Result};
-use crate::fetch::{Image, Priority};
+use crate::fetch::{Image, Priority, sync_known};
 use crate::pool::{PoolStat, Scrub, Scrubbed};
 
 /// How often the pool gives way to others on its disk, and is made durable.
@@ -303,6 +304,7 @@ impl Node {
         let node = Arc::clone(self);
         let pinned = blocking(move || {
             node.pool.sync()?;
+            sync_known(&index_cache(&node.config.root))?;
             node.pins.add(&pinned, &node.pool)?;
             Ok(pinned)
         });

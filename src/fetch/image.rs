@@ -12,7 +12,7 @@ use crate::index::{Blob, Index};
 use crate::oci::{
     Config, Document, Layers, MAX_CONFIG_BYTES, MAX_DOCUMENT_BYTES, Platform, Reference, descriptor_digest,
 };
-use crate::source::files::{blocking, read_small, replace};
+use crate::source::files::{blocking, put, read_small, replace, sync_directory};
 use crate::source::{Access, RawDocument, Repository, open_places};
 
 /// Most image indexes that list one another on the way to a manifest.
@@ -49,7 +49,8 @@ impl Image {
 
 /// Opens the firstread image `reference` for `platform`.
 ///
-/// `cache_dir` keeps verified indexes, manifests and configs by digest, each written once and renamed into place. What
+/// `cache_dir` keeps verified indexes, manifests and configs by digest, each written once and renamed into place, and checked
+/// whenever it is read. Nothing of it is synced, which would hold up a start: see [`sync_known`]. What
 /// is there is not fetched again: opening a known image costs one request for the manifest, and none when the
 /// reference has a digest. A tag whose registry can't be reached is resolved as it was the last time, with a warning.
 ///
@@ -160,8 +161,17 @@ pub fn keep_image(cache_dir: &Path, parts: &Parts<'_>) -> Result<()> {
         }
         copied?;
     }
-    replace(&cache.path(&config, "json"), parts.config)?;
-    replace(&cache.path(&Digest::of(parts.manifest), "json"), parts.manifest)
+    put(&cache.path(&config, "json"), parts.config)?;
+    put(&cache.path(&Digest::of(parts.manifest), "json"), parts.manifest)
+}
+
+/// Makes durable what `cache_dir` has of all images: for one that is to start without its sources, also after a loss of power.
+/// Blocks.
+///
+/// # Errors
+/// What the system says.
+pub fn sync_known(cache_dir: &Path) -> Result<()> {
+    sync_directory(cache_dir)
 }
 
 /// The digest that a reference names its document by.
@@ -351,7 +361,7 @@ impl Cache {
         if self.find(digest, bytes.len() as u64).is_ok_and(|found| found.is_some()) {
             return Ok(());
         }
-        replace(&self.path(digest, "json"), bytes)
+        put(&self.path(digest, "json"), bytes)
     }
 
     /// Makes the cache, and keeps and notes a fresh document for a time without its places.
@@ -362,7 +372,9 @@ impl Cache {
         self.keep(&top.digest, bytes)?;
         match self.noted(reference)? {
             Some(known) if known == top.digest => Ok(()),
-            _ => replace(&self.note(reference), top.digest.to_string().as_bytes()),
+            None => put(&self.note(reference), top.digest.to_string().as_bytes()),
+            // What is known is not to be lost with what is new.
+            Some(_) => replace(&self.note(reference), top.digest.to_string().as_bytes()),
         }
     }
 

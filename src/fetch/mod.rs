@@ -34,7 +34,7 @@ pub use decode::decode;
 pub use fetcher::{FetchOptions, Fetcher, Priority};
 pub use fill::{Filling, Prefetch};
 pub use health::{HealthReport, SourceReport};
-pub use image::{Image, KnownImage, Parts, keep_image, open_image, open_known};
+pub use image::{Image, KnownImage, Parts, keep_image, open_image, open_known, sync_known};
 pub use log::Fetched;
 pub use origin::{CounterValues, Counters, Origin, Waits};
 pub use patience::Patience;

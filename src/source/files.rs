@@ -116,6 +116,14 @@ impl Unpublished {
         self.published = result.is_ok();
         result
     }
+
+    /// Gives the content its name, replacing what had it. A loss of power soon afterwards may leave anything under that name:
+    /// only for what is checked when it is read, and can be had again.
+    pub(crate) fn place(mut self, path: &Path) -> Result<()> {
+        let placed = std::fs::rename(&self.path, path);
+        self.published = placed.is_ok();
+        placed.map_err(|error| Error::io(format!("writing {}", path.display()), error))
+    }
 }
 
 impl Drop for Unpublished {
@@ -172,4 +180,24 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let mut file = Unpublished::create(path.parent().unwrap_or(Path::new(".")))?;
     file.write(content)?;
     file.publish(path)
+}
+
+/// The same without making it durable, as [`Unpublished::place`].
+pub(crate) fn put(path: &Path, content: &[u8]) -> Result<()> {
+    let mut file = Unpublished::create(path.parent().unwrap_or(Path::new(".")))?;
+    file.write(content)?;
+    file.place(path)
+}
+
+/// Makes all files in the directory `dir` durable, with their names.
+pub(crate) fn sync_directory(dir: &Path) -> Result<()> {
+    let failed = |error| Error::io(format!("syncing {}", dir.display()), error);
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        match File::open(entry.map_err(failed)?.path()).and_then(|file| file.sync_all()) {
+            // Somebody made room.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            synced => synced.map_err(failed)?,
+        }
+    }
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)
 }
