@@ -6,8 +6,10 @@ mod packs;
 #[path = "common/registry.rs"]
 mod registry;
 
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use firstread::chunk::Digest;
@@ -152,4 +154,58 @@ async fn the_image_for_the_platform_is_picked() {
     let s390: Platform = "linux/s390x".parse().unwrap();
     let error = open_image(&reference, &access(), &s390, dir.path()).await.err().unwrap().to_string();
     assert!(error.contains("linux/amd64"), "{error}");
+}
+
+/// A registry of one image that keeps the configuration back until the index has been asked for.
+fn reluctant(image: TestImage) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = listener.local_addr().unwrap().to_string();
+    let shared = Arc::new((image, Mutex::new(false), Condvar::new()));
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let shared = Arc::clone(&shared);
+            std::thread::spawn(move || answer(stream.unwrap(), &shared));
+        }
+    });
+    host
+}
+
+fn answer(stream: TcpStream, (image, asked, came): &(TestImage, Mutex<bool>, Condvar)) {
+    let lines = BufReader::new(&stream).lines().map(|line| line.unwrap()).take_while(|line| !line.is_empty());
+    let request: Vec<String> = lines.collect();
+    let path = request[0].split(' ').nth(1).unwrap();
+    let kind = if path.contains("/manifests/") { media_type::MANIFEST } else { "application/octet-stream" };
+    let content = if path.contains("/manifests/") {
+        image.manifest.clone()
+    } else {
+        let digest: Digest = path.rsplit('/').next().unwrap().parse().unwrap();
+        if digest == image.index_layer {
+            *asked.lock().unwrap() = true;
+            came.notify_all();
+        } else {
+            let patience = Duration::from_secs(10);
+            let (asked, _) = came.wait_timeout_while(asked.lock().unwrap(), patience, |asked| !*asked).unwrap();
+            assert!(*asked, "the index was not asked for");
+        }
+        image.blobs[&digest].clone()
+    };
+    let ranged = request.iter().any(|line| line.to_lowercase().starts_with("range:"));
+    let len = content.len();
+    let range = format!("Content-Range: bytes 0-{}/{len}\r\n", len - 1);
+    let (status, range) = if ranged { ("206 Partial Content", range.as_str()) } else { ("200 OK", "") };
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len}\r\n{range}Connection: close\r\n\r\n"
+    );
+    (&stream).write_all(&[head.as_bytes(), &content].concat()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_configuration_and_the_index_of_a_new_image_are_asked_for_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = TestImage::build(1, 16, 65536, Lies::default());
+    let manifest = Digest::of(&image.manifest);
+    let reference = format!("{}/app:v1", reluctant(image)).parse().unwrap();
+    let access = Access { stall: Duration::from_secs(30), ..access() };
+    let opened = open_image(&reference, &access, &"linux/amd64".parse().unwrap(), dir.path()).await.unwrap();
+    assert_eq!(opened.manifest_digest, manifest);
 }

@@ -255,17 +255,27 @@ async fn localize(
 
 /// Fetches what is missing into the cache.
 async fn fetch(places: &Places, cache: &Cache, missing: Missing) -> Result<()> {
-    let (digest, bytes) = match missing {
+    match missing {
         Missing::Document(digest) => {
             let raw = places.ask(|place| async move { place.manifest_by_digest(&digest).await }).await?;
-            (raw.digest, raw.bytes)
+            keep(cache, raw.digest, raw.bytes).await
         }
-        Missing::Config { digest, bytes } => {
-            let raw = places.ask(|place| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await });
-            (digest, raw.await?)
+        // Of an image that is new the index is missing as well, and neither needs the other.
+        Missing::Config { digest, bytes, layers } => {
+            let config = async {
+                let ask =
+                    |place: Arc<Repository>| async move { place.small_blob(&digest, bytes, MAX_CONFIG_BYTES).await };
+                keep(cache, digest, places.ask(ask).await?).await
+            };
+            let path = cache.index_path(&layers);
+            let index = async { if path.exists() { Ok(()) } else { fetch_index(places, &layers, &path).await } };
+            tokio::try_join!(config, index).map(drop)
         }
-        Missing::Index(layers) => return fetch_index(places, &layers, &cache.index_path(&layers)).await,
-    };
+        Missing::Index(layers) => fetch_index(places, &layers, &cache.index_path(&layers)).await,
+    }
+}
+
+async fn keep(cache: &Cache, digest: Digest, bytes: Vec<u8>) -> Result<()> {
     let cache = cache.clone();
     blocking(move || cache.keep(&digest, &bytes)).await
 }
@@ -312,7 +322,12 @@ struct Documents {
 /// What the cache has not.
 enum Missing {
     Document(Digest),
-    Config { digest: Digest, bytes: u64 },
+    /// The configuration; whether the index is there was not looked at.
+    Config {
+        digest: Digest,
+        bytes: u64,
+        layers: Layers,
+    },
     Index(Layers),
 }
 
@@ -409,7 +424,7 @@ impl Cache {
         let config = descriptor_digest(manifest.config())?;
         Ok(match self.find(&config, MAX_CONFIG_BYTES)? {
             Some(config) => Ok(Documents { manifest_digest: digest, layers, config }),
-            None => Err(Missing::Config { digest: config, bytes: manifest.config().size() }),
+            None => Err(Missing::Config { digest: config, bytes: manifest.config().size(), layers }),
         })
     }
 }
