@@ -22,14 +22,20 @@ use firstread::build::Report;
 use firstread::index::Index;
 use serde_json::{Value, json};
 
-/// This program in a tree with its libraries, behind a script and `env`; files before and behind them, and others beside.
-fn tree(dir: &Path) -> Vec<PathBuf> {
-    let exe = std::env::current_exe().unwrap();
-    let listed = Command::new("ldd").arg(&exe).output().unwrap();
+/// The libraries of a program, and theirs, as the dynamic linker finds them.
+fn libraries(program: &Path) -> Vec<String> {
+    let listed = Command::new("ldd").arg(program).output().unwrap();
     let text = String::from_utf8(listed.stdout).unwrap();
     let libraries: Vec<String> =
         text.split_whitespace().filter(|word| word.starts_with('/')).map(str::to_owned).collect();
     assert!(libraries.len() >= 2, "{text}");
+    libraries
+}
+
+/// This program in a tree with its libraries, behind a script and `env`; files before and behind them, and others beside.
+fn tree(dir: &Path) -> Vec<PathBuf> {
+    let exe = std::env::current_exe().unwrap();
+    let libraries = libraries(&exe);
     // Libraries are found by ld.so.conf alone, but the linker, by links on the way.
     shell(
         dir,
@@ -137,6 +143,29 @@ fn a_script_brings_its_interpreter_and_all_its_libraries() {
     let layout = Layout(temp.path().join("layout"));
     layout.tree(&report.digest.to_string(), temp.path());
     assert_eq!(build(temp.path(), "app", &config).1.digest, report.digest);
+}
+
+#[test]
+fn libraries_of_libraries_come_as_well() {
+    let temp = tempfile::tempdir().unwrap();
+    // Its program names few of them.
+    let libraries = libraries(Path::new("/usr/bin/curl"));
+    shell(
+        temp.path(),
+        &format!(
+            r#"mkdir -p tree/usr/bin tree/usr/lib tree/usr/lib64; ln -s usr/lib64 tree/lib64; cp -L /usr/bin/curl tree/usr/bin/
+            for library in {}; do case $library in */ld-linux*) cp -L $library tree$library ;; *) cp -L $library tree/usr/lib/ ;; esac; done"#,
+            libraries.join(" ")
+        ),
+    );
+    let (index, _) = build(temp.path(), "app", &json!({"Cmd": ["curl"]}));
+    let likely: HashSet<Digest> = likely(&index).into_iter().collect();
+    for library in &libraries {
+        let pieces = pieces(Path::new(library));
+        // What is small lies in a chunk with others.
+        let small = std::fs::metadata(library).unwrap().len() < 64 << 10;
+        assert!(small || pieces.iter().any(|piece| likely.contains(piece)), "{library}");
+    }
 }
 
 #[test]
