@@ -30,6 +30,8 @@ const BLOCK: u64 = 4096;
 /// Chunks of the pool: 256 MiB, which fit the page cache.
 const CHUNKS: u64 = 1024;
 const TURN: Duration = Duration::from_millis(150);
+/// Turns of what is compared to a hundredth: many short ones, so that what changes on the machine changes for both.
+const SHORT_TURN: Duration = Duration::from_millis(15);
 
 /// splitmix64.
 struct Random(u64);
@@ -93,8 +95,13 @@ impl Bench {
         }
     }
 
-    /// What `threads` threads that do `work` for one turn reach: operations a second, and a second of processor time.
-    fn turn(&self, threads: usize, work: impl Fn(&Self, &mut Random, &mut [u8], &mut u64) + Sync) -> (f64, f64) {
+    /// What `threads` threads that do `work` for so long reach: operations a second, and a second of processor time.
+    fn turn(
+        &self,
+        time: Duration,
+        threads: usize,
+        work: impl Fn(&Self, &mut Random, &mut [u8], &mut u64) + Sync,
+    ) -> (f64, f64) {
         let (barrier, done) = (Barrier::new(threads + 1), AtomicBool::new(false));
         std::thread::scope(|scope| {
             let running: Vec<_> = (0..threads as u64)
@@ -117,7 +124,7 @@ impl Bench {
                 .collect();
             barrier.wait();
             let started = Instant::now();
-            std::thread::sleep(TURN);
+            std::thread::sleep(time);
             done.store(true, Relaxed);
             let done = running.into_iter().map(|thread| thread.join().unwrap());
             let (count, work) = done.fold((0, 0.0), |sum, (count, work)| (sum.0 + count, sum.1 + work));
@@ -171,8 +178,10 @@ fn random_pread(bench: &Bench, random: &mut Random, buf: &mut [u8], _: &mut u64)
     bench.file.read_exact_at(&mut buf[..BLOCK as usize], at * BLOCK).unwrap();
 }
 
-/// Seconds that this thread was on a processor.
+/// Seconds that this thread was on a processor. What /proc says is as old as the last tick, or as the last time that the
+/// thread gave its processor away.
 fn worked() -> f64 {
+    std::thread::yield_now();
     let times = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     times.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
 }
@@ -216,9 +225,9 @@ fn main() {
         let (mut hits, mut preads, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..rounds {
             let (hit, pread) = if name == "rand4k" {
-                (bench.turn(threads, random_hit), bench.turn(threads, random_pread))
+                (bench.turn(TURN, threads, random_hit), bench.turn(TURN, threads, random_pread))
             } else {
-                (bench.turn(threads, sequential_hit), bench.turn(threads, sequential_pread))
+                (bench.turn(TURN, threads, sequential_hit), bench.turn(TURN, threads, sequential_pread))
             };
             hits.push(hit.0);
             preads.push(pread.0);
@@ -235,14 +244,14 @@ fn main() {
     }
     for threads in [1, 2] {
         let (mut with, mut without, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-        for round in 0..2 * rounds {
+        for round in 0..20 * rounds {
             // Who goes first gains from it, or loses.
             let (on, off) = if round % 2 == 0 {
-                let on = bench.turn(threads, recorded);
-                (on, bench.turn(threads, unrecorded))
+                let on = bench.turn(SHORT_TURN, threads, recorded);
+                (on, bench.turn(SHORT_TURN, threads, unrecorded))
             } else {
-                let off = bench.turn(threads, unrecorded);
-                (bench.turn(threads, recorded), off)
+                let off = bench.turn(SHORT_TURN, threads, unrecorded);
+                (bench.turn(SHORT_TURN, threads, recorded), off)
             };
             with.push(on.0);
             without.push(off.0);

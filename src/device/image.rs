@@ -1,11 +1,11 @@
 //! The image as a device: a map, and chunks from the pool or from the image's sources.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use serde::Serialize;
 
+use super::counts::Counts;
 use super::touch::Touches;
 use super::waits::{Wait, Waits};
 use super::{Device, DeviceFuture, Local, Residence, add_run, check_range};
@@ -41,16 +41,7 @@ pub struct ImageDevice {
     waits: Waits,
     /// Ends with the device.
     filling: OnceLock<Filling>,
-    counters: Counters,
-}
-
-/// Apart from everything else, so that counting disturbs no reader's cache line but its own.
-#[derive(Default)]
-#[repr(align(128))]
-struct Counters {
-    bytes: AtomicU64,
-    hits: AtomicU64,
-    misses: AtomicU64,
+    counts: Counts,
 }
 
 /// What a device has been asked for since it was made.
@@ -97,7 +88,7 @@ impl ImageDevice {
             touches,
             waits,
             filling: OnceLock::new(),
-            counters: Counters::default(),
+            counts: Counts::default(),
         })
     }
 
@@ -171,8 +162,7 @@ impl ImageDevice {
     /// What was read so far.
     #[must_use]
     pub fn counts(&self) -> ReadCounts {
-        let Counters { bytes, hits, misses } = &self.counters;
-        ReadCounts { bytes: bytes.load(Relaxed), hits: hits.load(Relaxed), misses: misses.load(Relaxed) }
+        self.counts.sums()
     }
 
     fn chunk(&self, number: u32) -> Result<ChunkRef> {
@@ -248,11 +238,6 @@ impl ImageDevice {
         Ok(Local::Done)
     }
 
-    fn count(&self, counter: &AtomicU64, bytes: usize) {
-        counter.fetch_add(1, Relaxed);
-        self.counters.bytes.fetch_add(bytes as u64, Relaxed);
-    }
-
     async fn read(&self, offset: u64, buf: &mut [u8], trace: Trace) -> Result<()> {
         check_range(self.size(), offset, buf.len() as u64)?;
         if trace == Trace::Kept {
@@ -286,7 +271,11 @@ impl ImageDevice {
         if trace == Trace::None {
             return Ok(());
         }
-        self.count(if waited { &self.counters.misses } else { &self.counters.hits }, buf.len());
+        if waited {
+            self.counts.miss(buf.len());
+        } else {
+            self.counts.hit(buf.len());
+        }
         Ok(())
     }
 
@@ -342,7 +331,7 @@ impl Device for ImageDevice {
         if local == Local::Missing {
             return Ok(Local::Missing);
         }
-        self.count(&self.counters.hits, buf.len());
+        self.counts.hit(buf.len());
         Ok(Local::Done)
     }
 

@@ -4,6 +4,7 @@
 //! waits for the network. What it can't answer goes to [`Device::read_at`], which may wait. Writes are alike; what makes
 //! them durable, and zeros, may take the disk's time and are futures only.
 
+mod counts;
 mod image;
 mod overlay;
 mod touch;

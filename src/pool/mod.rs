@@ -46,6 +46,7 @@ pub use admit::Admission;
 pub use bound::Amount;
 pub use record::room;
 pub use scrub::{Scrub, Scrubbed};
+pub(crate) use tally::{LANES, lane};
 pub use ticket::{Run, Ticket};
 
 use crate::chunk::{Digest, Mismatch, Verified, verify};

@@ -3,7 +3,15 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Threads that count without meeting, as a rule.
-const LANES: usize = 32;
+pub const LANES: usize = 32;
+
+/// The lane of this thread, below [`LANES`].
+#[inline]
+pub fn lane() -> usize {
+    let here = HERE.with(|here| std::ptr::from_ref(here).addr() as u64);
+    // Threads' data are some pages apart: the upper bits of the product have something of all bits.
+    ((here >> 6).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 59) as usize
+}
 
 #[derive(Default)]
 #[repr(align(128))]
@@ -21,10 +29,7 @@ thread_local! {
 
 impl Tally {
     pub fn add_one(&self) {
-        let here = HERE.with(|here| std::ptr::from_ref(here).addr() as u64);
-        // Threads' data are some pages apart: the upper bits of the product have something of all bits.
-        let lane = (here >> 6).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 59;
-        if let Some(Lane(count)) = self.0.get(lane as usize) {
+        if let Some(Lane(count)) = self.0.get(lane()) {
             count.fetch_add(1, Relaxed);
         }
     }
