@@ -17,6 +17,10 @@ pub(super) const KIND_STARTUP_ORDER: u32 = 5;
 
 pub(super) const KIND_STARTUP_SETTINGS: u32 = OPTIONAL_KIND + 1;
 pub(super) const KIND_LIKELY: u32 = OPTIONAL_KIND + 2;
+pub(super) const KIND_STARTUP_READS: u32 = OPTIONAL_KIND + 3;
+
+/// In a start-up read: the device itself, and no file on it.
+pub(super) const NO_INODE: u32 = 0;
 
 /// Largest read-ahead in KiB.
 pub(super) const READ_AHEAD_MAX: u32 = 16 << 10;
@@ -63,6 +67,8 @@ record!(ChunkRecord {
 
 record!(ExtentRecord { block: U32, blocks: U32, chunk: U32, offset: U32 });
 
+record!(StartupReadRecord { chunk: U32, inode: U32, first: U32, blocks: U32 });
+
 record!(LikelyRecord { chunks: U32, reserved: [u8; 12] });
 
 record!(SettingsRecord { read_ahead_kb: U32, reserved: [u8; 12] });
@@ -75,4 +81,5 @@ const _: () = {
     assert!(size_of::<ExtentRecord>() == 16);
     assert!(size_of::<SettingsRecord>() == 16);
     assert!(size_of::<LikelyRecord>() == 16);
+    assert!(size_of::<StartupReadRecord>() == 16);
 };

@@ -49,3 +49,28 @@ pub struct Extent {
     /// First byte of the range in the plain chunk.
     pub offset: u32,
 }
+
+/// Something that a start reads, of which one start-up chunk has all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StartupRead {
+    /// Number of the chunk in the index.
+    pub chunk: u32,
+    /// Of what it is a part.
+    pub place: Place,
+    /// First block there.
+    pub first: u32,
+    /// Length in blocks, at least 1.
+    pub blocks: u32,
+}
+
+/// What blocks are counted in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// A file of the device's ext4.
+    File {
+        /// Its inode's number.
+        inode: u32,
+    },
+    /// The device: metadata of the file system.
+    Device,
+}

@@ -7,8 +7,10 @@ use std::path::Path;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, LikelyRecord, Section, SettingsRecord};
-use super::{BLOCK, Blob, DEVICE_MAX, Extent, Role};
+use super::layout::{
+    self, BlobRecord, ChunkRecord, ExtentRecord, Header, LikelyRecord, Section, SettingsRecord, StartupReadRecord,
+};
+use super::{BLOCK, Blob, DEVICE_MAX, Extent, Place, Role, StartupRead};
 use crate::chunk::{CHUNK_MAX, ChunkRef, Codec, Digest, STORED_MAX};
 use crate::error::{Error, Result};
 use crate::sys::mmap::Mapping;
@@ -41,6 +43,7 @@ pub struct Index {
     extents: Range<usize>,
     startup_extents: Range<usize>,
     startup_order: Range<usize>,
+    startup_reads: Range<usize>,
     startup_settings: Range<usize>,
     likely: Range<usize>,
 }
@@ -134,6 +137,7 @@ impl Index {
             extents: required(sections.extents, "extents")?,
             startup_extents: sections.startup_extents.unwrap_or_default(),
             startup_order: sections.startup_order.unwrap_or_default(),
+            startup_reads: sections.startup_reads.unwrap_or_default(),
             startup_settings: sections.startup_settings.unwrap_or_default(),
             likely: sections.likely.unwrap_or_default(),
             bytes: Bytes::Owned(Vec::new()),
@@ -178,6 +182,17 @@ impl Index {
         let likely = self.likely_records();
         if likely.len() > 1 || likely.iter().any(|record| record.chunks.get() > chunks) {
             return Err(invalid("its likely chunks are out of bounds"));
+        }
+        for (number, read) in self.startup_reads().enumerate() {
+            let room = match read.place {
+                // ext4's largest file.
+                Place::File { .. } => 1 << 32,
+                Place::Device => self.device_bytes / u64::from(BLOCK),
+            };
+            let end = u64::from(read.first) + u64::from(read.blocks);
+            if read.chunk >= chunks || read.blocks == 0 || end > room {
+                return Err(invalid(format!("start-up read {number} is out of bounds")));
+            }
         }
         match self.startup_order().find(|&chunk| chunk >= chunks) {
             Some(chunk) => Err(invalid(format!("the start-up order names chunk {chunk}, which does not exist"))),
@@ -274,6 +289,19 @@ impl Index {
         records::<zerocopy::little_endian::U32>(self.bytes.get(), &self.startup_order).iter().map(|number| number.get())
     }
 
+    /// What a start reads, in the order of the start-up stream; empty when the index does not say.
+    pub fn startup_reads(&self) -> impl ExactSizeIterator<Item = StartupRead> + '_ {
+        records::<StartupReadRecord>(self.bytes.get(), &self.startup_reads).iter().map(|record| StartupRead {
+            chunk: record.chunk.get(),
+            place: match record.inode.get() {
+                layout::NO_INODE => Place::Device,
+                inode => Place::File { inode },
+            },
+            first: record.first.get(),
+            blocks: record.blocks.get(),
+        })
+    }
+
     /// The read-ahead in KiB that the start was recorded with, if the index says.
     #[must_use]
     pub fn startup_read_ahead_kb(&self) -> Option<u32> {
@@ -364,6 +392,7 @@ struct Sections {
     extents: Option<Range<usize>>,
     startup_extents: Option<Range<usize>>,
     startup_order: Option<Range<usize>>,
+    startup_reads: Option<Range<usize>>,
     startup_settings: Option<Range<usize>>,
     likely: Option<Range<usize>>,
 }
@@ -377,6 +406,7 @@ impl Sections {
             layout::KIND_EXTENTS => (&mut self.extents, size_of::<ExtentRecord>()),
             layout::KIND_STARTUP_EXTENTS => (&mut self.startup_extents, size_of::<ExtentRecord>()),
             layout::KIND_STARTUP_ORDER => (&mut self.startup_order, size_of::<u32>()),
+            layout::KIND_STARTUP_READS => (&mut self.startup_reads, size_of::<StartupReadRecord>()),
             layout::KIND_STARTUP_SETTINGS => (&mut self.startup_settings, size_of::<SettingsRecord>()),
             layout::KIND_LIKELY => (&mut self.likely, size_of::<LikelyRecord>()),
             layout::OPTIONAL_KIND.. => return Ok(()),

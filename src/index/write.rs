@@ -2,8 +2,10 @@
 
 use zerocopy::IntoBytes;
 
-use super::layout::{self, BlobRecord, ChunkRecord, ExtentRecord, Header, LikelyRecord, Section, SettingsRecord};
-use super::{BLOCK, Blob, Extent, Role};
+use super::layout::{
+    self, BlobRecord, ChunkRecord, ExtentRecord, Header, LikelyRecord, Section, SettingsRecord, StartupReadRecord,
+};
+use super::{BLOCK, Blob, Extent, Place, Role, StartupRead};
 use crate::chunk::{ChunkRef, Codec, Digest};
 use crate::error::{Error, Result};
 
@@ -15,6 +17,7 @@ pub struct IndexWriter {
     extents: Vec<ExtentRecord>,
     startup_extents: Vec<ExtentRecord>,
     startup_order: Vec<u32>,
+    startup_reads: Vec<StartupReadRecord>,
     startup_settings: Option<SettingsRecord>,
     likely: Option<LikelyRecord>,
 }
@@ -79,6 +82,20 @@ impl IndexWriter {
         self.startup_order.push(chunk);
     }
 
+    /// Appends to what a start reads, in the order of the start-up stream.
+    pub fn startup_read(&mut self, read: StartupRead) {
+        let inode = match read.place {
+            Place::File { inode } => inode,
+            Place::Device => layout::NO_INODE,
+        };
+        self.startup_reads.push(StartupReadRecord {
+            chunk: read.chunk.into(),
+            inode: inode.into(),
+            first: read.first.into(),
+            blocks: read.blocks.into(),
+        });
+    }
+
     /// Says which read-ahead in KiB the start was recorded with.
     pub fn startup_read_ahead_kb(&mut self, kib: u32) {
         let kib = kib.min(layout::READ_AHEAD_MAX);
@@ -101,6 +118,10 @@ impl IndexWriter {
         if !order.is_empty() {
             sections.push((layout::KIND_STARTUP_EXTENTS, size_of::<ExtentRecord>(), self.startup_extents.as_bytes()));
             sections.push((layout::KIND_STARTUP_ORDER, size_of::<u32>(), order.as_bytes()));
+        }
+        if !self.startup_reads.is_empty() {
+            let reads = self.startup_reads.as_bytes();
+            sections.push((layout::KIND_STARTUP_READS, size_of::<StartupReadRecord>(), reads));
         }
         if let Some(settings) = &self.startup_settings {
             sections.push((layout::KIND_STARTUP_SETTINGS, size_of::<SettingsRecord>(), settings.as_bytes()));
