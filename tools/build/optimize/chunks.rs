@@ -21,6 +21,8 @@ pub(super) struct Formed {
     jobs: u32,
     /// Where a hot block is: job and first byte, by chunk and first byte there. Chunks that are hot as a whole need none.
     places: HashMap<(u32, u32), (u32, u32)>,
+    /// The jobs of chunks that are hot as a whole.
+    wholes: HashMap<u32, u32>,
 }
 
 /// Submits the hot chunks of `index` to `pipeline` in the order of the stream; `read` gives a chunk's plain bytes.
@@ -32,13 +34,14 @@ pub(super) fn form(
 ) -> Result<Formed> {
     let mut order: Vec<(&u32, &HotChunk)> = hot.chunks.iter().collect();
     order.sort_unstable_by_key(|(number, chunk)| (chunk.rank, **number));
-    let mut formed = Formed { jobs: 0, places: HashMap::new() };
+    let mut formed = Formed { jobs: 0, places: HashMap::new(), wholes: HashMap::new() };
     for (&number, chunk) in order {
         let plain_len = index.chunk(number).map_or(0, |chunk| chunk.plain_len);
         let content = read(number)?;
         let plain = content.bytes();
         if chunk.kept.is_empty() && Hot::is_whole(chunk, plain_len) && plain_len <= CHUNK_SIZE {
-            formed.submit(pipeline, &[plain])?;
+            let job = formed.submit(pipeline, &[plain])?;
+            formed.wholes.insert(number, job);
             continue;
         }
         let mut offsets = chunk.offsets.clone();
@@ -91,6 +94,16 @@ impl Formed {
         }
         self.jobs += 1;
         pipeline.submit(buffer, used)
+    }
+
+    /// The stored hot chunk that has the block at `place`: ordinary chunk and first byte there.
+    pub(super) fn chunk(&self, place: (u32, u32), store: &Store) -> Result<Option<u32>> {
+        let job = self.places.get(&place).map(|(job, _)| job).or_else(|| self.wholes.get(&place.0));
+        let outcome = job.map(|job| store.outcome(*job)).transpose()?;
+        Ok(outcome.and_then(|outcome| match outcome {
+            Outcome::Chunk(chunk) => Some(chunk),
+            _ => None,
+        }))
     }
 
     /// The numbers of the stored hot chunks in the order of the stream, each once.

@@ -17,6 +17,8 @@ pub(super) struct Hot {
     pub blocks: BTreeMap<u32, (u32, u32)>,
     /// Chunks of metadata in the order in which they are needed; all of them.
     pub metadata: Vec<u32>,
+    /// How many of them are needed.
+    needed: usize,
     /// Blocks of the profile that the image has, and that it has not.
     pub found: u64,
     pub lost: u64,
@@ -69,6 +71,7 @@ pub(super) fn find(profile: &Profile, index: &Index, names: Option<&Names>) -> R
     };
     let Finder { mut hot, early, .. } = finder;
     hot.metadata = metadata;
+    hot.needed = hot.metadata.iter().filter(|chunk| early.contains_key(chunk)).count();
     hot.metadata.sort_by_key(|chunk| (early.get(chunk).copied().unwrap_or(u64::MAX), *chunk));
     for (place, chunk) in hot.metadata.iter().enumerate() {
         // What nobody needed comes behind everything else.
@@ -201,6 +204,11 @@ fn device_blocks(runs: &[Run], from: u32, blocks: u32) -> impl Iterator<Item = O
 }
 
 impl Hot {
+    /// Chunks of metadata that the start needs, in that order.
+    pub(super) fn needed_metadata(&self) -> impl Iterator<Item = u32> + '_ {
+        self.metadata.iter().copied().take(self.needed)
+    }
+
     /// Whether all blocks of a chunk of `plain_len` bytes are hot.
     pub(super) fn is_whole(chunk: &HotChunk, plain_len: u32) -> bool {
         chunk.offsets.is_empty()

@@ -5,6 +5,7 @@ mod chunks;
 mod hot;
 mod image;
 mod kept;
+mod reads;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use crate::device::{Device, ImageDevice};
 use crate::error::{Error, Result};
 use crate::ext4::{BLOCK_SIZE, Names, read_names};
 use crate::fetch::{FetchOptions, Fetcher, Image, Priority, open_image};
-use crate::index::{Blob, Extent, Index, IndexWriter, Role};
+use crate::index::{Blob, Extent, Index, IndexWriter, Role, StartupRead};
 use crate::map::Map;
 use crate::oci::annotation::{INDEX_PATH, PACK_DIR};
 use crate::oci::{Platform, Reference};
@@ -98,6 +99,14 @@ pub struct StartupReport {
     pub same_device: bool,
     /// Read-ahead in KiB that devices of the image get while they start.
     pub read_ahead_kb: Option<u32>,
+}
+
+/// What an index says of a start-up pack. Chunks are numbers of stored ones.
+struct Tables {
+    /// The chunks in the order of the stream.
+    order: Vec<u32>,
+    extents: Vec<Extent>,
+    reads: Vec<StartupRead>,
 }
 
 /// A start-up pack and the index that knows it.
@@ -186,17 +195,25 @@ fn pack(
     let formed = chunks::form(&hot, old, &mut pipeline, |number| contents.chunk(number))?;
     let store = pipeline.finish()?;
     let order = formed.order(&store)?;
-    let extents = formed.extents(&hot, &store)?;
-    let (pack, written, places) = write(request, &store, &order, &**progress)?;
-    let index = index(request, old, &store, &order, &extents, &written, &places)?;
-    let plain_bytes = order.iter().map(|chunk| Ok(u64::from(store.chunk(*chunk)?.plain_len))).sum::<Result<u64>>()?;
+    let tables = Tables {
+        reads: match &contents.names {
+            Some(names) => reads::reads(&hot, &formed, old, names, &store, &order)?,
+            None => Vec::new(),
+        },
+        extents: formed.extents(&hot, &store)?,
+        order,
+    };
+    let (pack, written, places) = write(request, &store, &tables.order, &**progress)?;
+    let index = index(request, old, &store, &tables, &written, &places)?;
+    let plain_bytes =
+        tables.order.iter().map(|chunk| Ok(u64::from(store.chunk(*chunk)?.plain_len))).sum::<Result<u64>>()?;
     let report = StartupReport {
         plain_bytes,
         stored_bytes: written.bytes,
-        chunks: order.len() as u64,
+        chunks: tables.order.len() as u64,
         metadata_chunks: hot.metadata.len() as u64,
         kept_chunks: hot.chunks.values().map(|chunk| chunk.kept.len() as u64).sum(),
-        extents: extents.len() as u64,
+        extents: tables.extents.len() as u64,
         found_blocks: hot.found,
         lost_blocks: hot.lost,
         same_device: hot::is_same(&request.profile, &old.device_digest()),
@@ -241,8 +258,7 @@ fn index(
     request: &OptimizeRequest,
     old: &Index,
     store: &Store,
-    order: &[u32],
-    extents: &[Extent],
+    tables: &Tables,
     written: &Written,
     places: &[u64],
 ) -> Result<Vec<u8>> {
@@ -273,7 +289,7 @@ fn index(
         index.extent(Extent { chunk, ..extent });
     }
     let mut hot: Vec<Option<u32>> = vec![None; store.len()];
-    for (chunk, offset) in order.iter().zip(places) {
+    for (chunk, offset) in tables.order.iter().zip(places) {
         let stored = store.chunk(*chunk)?;
         let Place::Spool { len, .. } = stored.place else { continue };
         let (digest, plain_len) = (stored.digest, stored.plain_len);
@@ -285,9 +301,12 @@ fn index(
             *slot = Some(number);
         }
     }
-    for extent in extents {
-        let chunk = hot.get(extent.chunk as usize).copied().flatten().ok_or_else(broken)?;
-        index.startup_extent(Extent { chunk, ..*extent });
+    let number = |stored: u32| hot.get(stored as usize).copied().flatten().ok_or_else(broken);
+    for extent in &tables.extents {
+        index.startup_extent(Extent { chunk: number(extent.chunk)?, ..*extent });
+    }
+    for read in &tables.reads {
+        index.startup_read(StartupRead { chunk: number(read.chunk)?, ..*read });
     }
     if let Some(kib) = request.profile.recording.read_ahead_kb {
         index.startup_read_ahead_kb(kib);
