@@ -138,9 +138,13 @@ fn start(startup: &StartupStatus) -> String {
     let stream = match (startup.chunks, startup.streaming) {
         (0, _) => "no start-up pack".to_owned(),
         (chunks, streaming) => format!(
-            "{chunks} chunks in the start-up pack, {} {}; waited for {} of them",
+            "{chunks} chunks in the start-up pack, {} {}{}; waited for {} of them",
             size(startup.planned_bytes),
             if streaming { "on their way" } else { "streamed" },
+            match startup.laid_bytes {
+                0 => String::new(),
+                laid => format!(", {} laid into the page cache", size(laid)),
+            },
             startup.missed_inside
         ),
     };

@@ -16,6 +16,7 @@ pub mod images;
 pub mod jobs;
 pub mod journal;
 pub mod keeping;
+pub mod laying;
 pub mod mending;
 pub mod mounts;
 pub mod node;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 
 use super::attachment::{self, Attachment, Transport, Transports};
-use super::config::{Config, Patience};
+use super::config::{Config, Patience, Prefetch};
 use super::control::{
     Attach, Attached, ByteCounts, ChunkCounts, DeviceInfo, Export, Exported, Health, HealthState, Hello, InUse, Kind,
     Problem, Serve, SourceStatus, State, Status, Stopped, Waits,
@@ -161,8 +161,17 @@ impl Node {
     /// There is no such device, or its record can't be written.
     pub async fn settle(&self, target: &str, mountpoint: Option<PathBuf>) -> std::result::Result<DeviceInfo, Problem> {
         let entry = self.devices.find(target)?;
-        let devices = Arc::clone(&self.devices);
-        Ok(blocking(move || devices.set_mountpoint(&entry, mountpoint)).await?)
+        let (devices, settled) = (Arc::clone(&self.devices), Arc::clone(&entry));
+        let info = blocking(move || devices.set_mountpoint(&settled, mountpoint)).await?;
+        if let Some(served) = &entry.served
+            && info.read_only
+            && info.mountpoint.is_some()
+            && self.config.prefetch != Prefetch::None
+            && served.image.index.startup_reads().len() > 0
+        {
+            served.start.lay(&served.image.index, &self.fetcher);
+        }
+        Ok(info)
     }
 
     /// Detaches a device.
@@ -187,6 +196,9 @@ impl Node {
     async fn detach_entry(&self, entry: Arc<Entry>, in_use: InUse) -> std::result::Result<DeviceInfo, Problem> {
         let (devices, config) = (Arc::clone(&self.devices), self.config.clone());
         let info = entry.info();
+        if let Some(served) = &entry.served {
+            served.start.end_laying().await;
+        }
         let taken = entry.take()?;
         let done = blocking(move || {
             let info = entry.info();

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::control::{Kind, Problem, ProfilePage, Ready, Until};
 use super::devices::{Entry, Served};
+use super::laying::Laying;
 use super::node::{Node, blocking};
 use super::trace::{Trace, trace};
 use crate::attach::read_ahead::{self, READY_KB};
@@ -16,6 +18,7 @@ use crate::chunk::Digest;
 use crate::device::{Device, ImageDevice};
 use crate::error::Result;
 use crate::ext4::{BLOCK_SIZE, Names, read_names};
+use crate::fetch::Fetcher;
 use crate::index::Index;
 use crate::profile::{Profile, Recording, Touch, locate};
 
@@ -42,13 +45,20 @@ pub struct Start {
     raised: OnceLock<u32>,
     /// How long after its attach the program on it was ready.
     ready: OnceLock<Duration>,
+    laying: Mutex<Option<Laying>>,
 }
 
 impl Start {
     /// The start of the block device at `path`, whose read-ahead was set.
     #[must_use]
     pub fn new(path: &Path, read_ahead_kb: u32) -> Self {
-        Self { path: path.to_owned(), read_ahead_kb, raised: OnceLock::new(), ready: OnceLock::new() }
+        Self {
+            path: path.to_owned(),
+            read_ahead_kb,
+            raised: OnceLock::new(),
+            ready: OnceLock::new(),
+            laying: Mutex::default(),
+        }
     }
 
     /// Read-ahead of the block device in KiB.
@@ -61,6 +71,25 @@ impl Start {
     #[must_use]
     pub fn ready(&self) -> Option<Duration> {
         self.ready.get().copied()
+    }
+
+    /// Lays the start of `index` into the page cache; the device, whose file system can't be written, is mounted now.
+    pub fn lay(&self, index: &Arc<Index>, fetcher: &Arc<Fetcher>) {
+        self.laying.lock().get_or_insert_with(|| Laying::begin(&self.path, index, fetcher));
+    }
+
+    /// Bytes that were laid into the page cache so far.
+    #[must_use]
+    pub fn laid_bytes(&self) -> u64 {
+        self.laying.lock().as_ref().map_or(0, Laying::bytes)
+    }
+
+    /// Nothing more is laid into the page cache, and nothing holds the device for that.
+    pub async fn end_laying(&self) {
+        let laying = self.laying.lock().take();
+        if let Some(laying) = laying {
+            laying.end().await;
+        }
     }
 
     /// The start is over: the device's read-ahead becomes that of any other. Blocks.

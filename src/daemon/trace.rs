@@ -22,6 +22,9 @@ pub struct StartupStatus {
     pub missed_inside: u64,
     /// Chunks that readers waited for and that the start-up pack has not.
     pub missed_outside: u64,
+    /// Bytes of it that the kernel was told to read into its page cache as they came, before the program asks for them.
+    #[serde(default)]
+    pub laid_bytes: u64,
     /// Seconds from attach until the program was ready, if that is known.
     pub ready: Option<f64>,
     /// Read-ahead of the block device in KiB at the moment.
@@ -110,6 +113,7 @@ pub(super) fn startup_status(served: &Served) -> StartupStatus {
         planned_bytes,
         missed_inside: inside,
         missed_outside: waited.len() as u64 - inside,
+        laid_bytes: served.start.laid_bytes(),
         ready: served.start.ready().map(|ready| ready.as_secs_f64()),
         read_ahead_kb: Some(served.start.read_ahead_kb()),
     }

@@ -94,6 +94,13 @@ impl Flights {
     }
 }
 
+impl Flights {
+    /// What becomes of the flight for `digest` that everybody shares, if there is one: for somebody who only looks.
+    pub(super) fn look(&self, digest: Digest) -> Option<watch::Receiver<Progress>> {
+        self.entries.lock().get(&(digest, Sharing::All)).map(|entry| entry.progress.clone())
+    }
+}
+
 /// The duty to end a flight. Dropped without a result, it ends the flight with an error: waiters never hang.
 pub(super) struct Ticket {
     key: Key,

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::fetcher::{Fetcher, Shared, check, id};
-use super::flight::{Joined, Sharing};
+use super::flight::{Joined, Progress, Sharing};
 use super::queue::Want;
 use super::{Origin, Priority};
-use crate::chunk::ChunkRef;
+use crate::chunk::{ChunkRef, Digest};
 use crate::index::Index;
 
 /// Chunks that have a flight at a time: bounds the memory of a stream, whatever an index says.
@@ -54,6 +54,17 @@ impl Fetcher {
             }
             drop(streaming);
         });
+    }
+}
+
+impl Fetcher {
+    /// Waits until a chunk that is on its way has come, or comes no more; nothing is fetched for that. Says whether a read
+    /// of it waits for no source.
+    pub async fn arrival(&self, digest: Digest) -> bool {
+        let Some(mut progress) = self.shared.flights.look(digest) else { return self.shared.pool.contains(&digest) };
+        // Who asks before the pool has it still gets it from the flight.
+        let done = progress.wait_for(|progress| matches!(progress, Progress::Done(_))).await;
+        done.is_ok_and(|done| matches!(&*done, Progress::Done(Ok(_))))
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod freeze;
 #[cfg(feature = "vhost-user")]
 pub mod guest_memory;
+pub mod inode;
 pub mod loop_ioctl;
 pub mod mmap;
 pub mod namespace;

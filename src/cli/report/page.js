@@ -48,7 +48,9 @@ function head() {
     [start.link > 0 ? (start.link * 8 / 1e6).toFixed(start.link > 1.25e7 ? 0 : 1) + " Mbit/s" : "–", "came over the link while it was busy"],
   ];
   if (start.pack_bytes > 0) {
-    cards.push([size(start.pack_bytes), `start-up pack as stored; of its plain bytes ${size(start.vain_bytes)} were not read`]);
+    cards.push([size(start.pack_bytes), "start-up pack as stored" + (start.laid_bytes > 0
+      ? `; ${size(start.laid_bytes)} of it laid into the page cache as it came`
+      : `; of its plain bytes ${size(start.vain_bytes)} were not read`)]);
     cards.push([count(start.missed), `chunks that were waited for outside the pack`]);
   }
   for (const [value, text, main] of cards) $("cards").append(make("div", { className: main ? "card main" : "card" }, make("b", { textContent: value }), make("span", { textContent: text })));
@@ -152,7 +154,11 @@ function files() {
   };
   $("pack").hidden = start.pack_bytes === 0;
   list("missed", data.missed, "Nothing: every block that was waited for is in the start-up pack.");
-  list("vain", data.vain, "Nothing: everything in the start-up pack was read.");
+  if (start.laid_bytes > 0) {
+    $("vain").replaceWith(make("p", { textContent: "It was laid into the page cache before the program asked, so that nobody saw what the program used of it: firstread record takes a start without that." }));
+  } else {
+    list("vain", data.vain, "Nothing: everything in the start-up pack was read.");
+  }
 }
 
 // --- the device ---
@@ -176,7 +182,7 @@ function map() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", colours);
   $("map").append(canvas);
   $("map-note").textContent = `Each cell is ${size(data.map.cell_bytes)} of the device; the first is the left one at the top.`;
-  legend("map-legend", [["missed", "read, and waited for outside the pack"], ["read", "read"], ["vain", "in the start-up pack, not read"], ["local", "local, not read"],
+  legend("map-legend", [["missed", "read, and waited for outside the pack"], ["read", start.laid_bytes > 0 ? "read, or laid into the page cache" : "read"], ["vain", "in the start-up pack, not read"], ["local", "local, not read"],
     ["line", "not local"], ["empty", "zeros"]]);
 }
 

@@ -38,6 +38,8 @@ pub struct Start {
     pub pack_bytes: u64,
     /// Of what it holds, what was not read, plain.
     pub vain_bytes: u64,
+    /// Bytes of it that the kernel was told to read before the program asked: which the program used is not known then.
+    pub laid_bytes: u64,
     /// Chunks that were waited for outside of it.
     pub missed: u64,
     /// Read-ahead of the device in KiB.
@@ -80,6 +82,7 @@ pub(super) fn totals(facts: &Facts) -> Start {
         link,
         pack_bytes: facts.pack_bytes,
         vain_bytes: facts.unnamed().iter().map(|(_, blocks)| u64::from(*blocks) * u64::from(BLOCK)).sum(),
+        laid_bytes: facts.trace.startup.laid_bytes,
         missed: 0,
         read_ahead_kb: facts.profile.recording.read_ahead_kb,
     }
