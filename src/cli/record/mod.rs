@@ -30,9 +30,9 @@ use ready::{Ports, ReadyWhen, Scan};
 
 pub use container::Inside;
 
-/// Read-ahead in KiB that a start is recorded with, and so runs with, unless something else is asked for: without any the
-/// pack is the smallest and slow links gain, with 128 fast ones do; with this neither loses much.
-const READ_AHEAD_KB: u32 = 16;
+/// Read-ahead in KiB that a start is recorded with, and so runs with, unless something else is asked for. Without any, the
+/// pack has what is read and nothing beside it; it is read in larger pieces all the same, when it is laid into the page cache.
+const READ_AHEAD_KB: u32 = 0;
 /// How often ports are looked at.
 const PORT_POLL: Duration = Duration::from_millis(5);
 /// How long the container may take to end.
