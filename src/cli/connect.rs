@@ -10,6 +10,7 @@ use crate::daemon::client::Client;
 use crate::daemon::control::{Kind, Problem};
 use crate::daemon::rundir::{self, LOG};
 use crate::daemon::startup::{FAILED, READY};
+use crate::sys::descriptors;
 
 /// The daemon of this context, if one runs.
 ///
@@ -68,6 +69,10 @@ fn start(context: &Context) -> Outcome {
     }
     let log = rundir::open_log(&config.run)?;
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    // What this process was started with, such as a shell's lock, is not the daemon's.
+    if let Err(error) = descriptors::close_on_exec() {
+        tracing::debug!("the daemon gets all descriptors: {error}");
+    }
     let mut child = command.spawn().map_err(|error| failed(&error))?;
     let mut line = String::new();
     if let Some(stdout) = child.stdout.take() {

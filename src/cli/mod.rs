@@ -13,6 +13,7 @@ mod doctor;
 mod export;
 mod freeze;
 mod inspect;
+mod lay;
 mod list;
 mod mount;
 mod options;
@@ -112,6 +113,9 @@ enum Verb {
     Daemon(daemon::Daemon),
     /// Detach all and stop the daemon
     Stop(stop::Stop),
+    /// Lays a start into the page cache for the daemon
+    #[command(name = crate::daemon::laying::VERB, hide = true)]
+    Lay(lay::Lay),
     /// Holds a file system frozen for `commit`
     #[command(name = "hold-frozen", hide = true)]
     Hold(freeze::Hold),
@@ -165,6 +169,9 @@ fn dispatch(arguments: Arguments) -> Outcome {
     if let Verb::Hold(verb) = arguments.verb {
         return verb.run();
     }
+    if let Verb::Lay(verb) = arguments.verb {
+        return verb.run();
+    }
     let context = Context::new(global)?;
     match arguments.verb {
         Verb::Inspect(verb) => verb.run(&context),
@@ -189,7 +196,7 @@ fn dispatch(arguments: Arguments) -> Outcome {
         Verb::Doctor(verb) => verb.run(&context),
         Verb::Stop(verb) => verb.run(&context),
         Verb::Build(_) | Verb::Optimize(_) | Verb::Daemon(_) | Verb::Hold(_) => Ok(()),
-        Verb::Snapshotter(_) | Verb::RecordInside(_) => Ok(()),
+        Verb::Snapshotter(_) | Verb::RecordInside(_) | Verb::Lay(_) => Ok(()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! System calls that need `unsafe`; the only place where it is allowed.
 #![allow(unsafe_code)]
 
+pub mod descriptors;
 pub mod freeze;
 #[cfg(feature = "vhost-user")]
 pub mod guest_memory;
