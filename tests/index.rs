@@ -6,11 +6,17 @@ use std::sync::Arc;
 
 use firstread::chunk::{ChunkRef, Codec, Digest};
 use firstread::error::Error;
-use firstread::index::{Blob, Extent, Index, IndexWriter, Role};
+use firstread::index::{BLOCK, Blob, Extent, Index, IndexWriter, Place, Role, StartupRead};
 use firstread::map::{Map, Piece};
 use proptest::prelude::*;
 
-/// A small valid index with every section.
+/// What the start of [`sample`] reads.
+const READS: [StartupRead; 2] = [
+    StartupRead { chunk: 7, place: Place::File { inode: 12 }, first: 10, blocks: 5 },
+    StartupRead { chunk: 3, place: Place::Device, first: 9, blocks: 2 },
+];
+
+/// A small valid index with every section but the likely chunks.
 fn sample() -> Vec<u8> {
     let mut writer = IndexWriter::new();
     let pack = writer.blob(&Blob { digest: Digest::of(b"pack"), bytes: 1 << 20, role: Role::Pack });
@@ -23,13 +29,14 @@ fn sample() -> Vec<u8> {
     }
     writer.startup_extent(Extent { block: 3, blocks: 1, chunk: 7, offset: 4096 });
     writer.startup_order(7);
+    READS.into_iter().for_each(|read| writer.startup_read(read));
     writer.startup_read_ahead_kb(16);
     writer.finish(1 << 20, "ext4").unwrap()
 }
 
 /// Section digests are recomputed, so that damage behind them reaches the checks of records.
 fn with_right_digests(mut bytes: Vec<u8>) -> Vec<u8> {
-    for section in 0..6 {
+    for section in 0..7 {
         let entry = 64 + 64 * section;
         let field = |at: usize| {
             usize::try_from(u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())).unwrap_or(usize::MAX)
@@ -58,6 +65,21 @@ fn walk(index: Index) {
         at += piece.len();
     }
     assert_eq!(at, size.min(16 << 20));
+    for read in map.index().startup_reads() {
+        assert!(map.index().chunk(read.chunk).is_some() && read.blocks > 0, "{read:?}");
+        let end = (u64::from(read.first) + u64::from(read.blocks)) * u64::from(BLOCK);
+        assert!(end <= if read.place == Place::Device { size } else { 1 << 44 }, "{read:?}");
+    }
+}
+
+#[test]
+fn start_up_reads_may_reach_to_the_end() {
+    let reads = 64 * 8 + 2 * 48 + 8 * 64 + 8 * 16 + 16 + 4;
+    for (at, new) in [(reads + 8, [251, 255, 255, 255]), (reads + 16 + 8, [254, 0, 0, 0])] {
+        let mut bytes = sample();
+        bytes[at..at + 4].copy_from_slice(&new);
+        walk(Index::from_bytes(with_right_digests(bytes)).unwrap());
+    }
 }
 
 #[test]
@@ -67,6 +89,7 @@ fn a_valid_index_round_trips() {
     assert_eq!(index.blobs().map(|blob| blob.role).collect::<Vec<_>>(), [Role::Pack, Role::Startup]);
     assert_eq!(index.extents().iter().len(), 8);
     assert_eq!(index.startup_order().collect::<Vec<_>>(), [7]);
+    assert_eq!(index.startup_reads().collect::<Vec<_>>(), READS);
     assert_eq!(index.startup_read_ahead_kb(), Some(16));
     walk(index);
 }
@@ -98,10 +121,12 @@ fn a_section_must_have_its_digest() {
 /// (what is damaged, offset in the sample, new bytes, what the error says)
 #[test]
 fn every_bound_is_checked() {
-    let sections = 64 * 7;
+    let sections = 64 * 8;
     let (blobs, chunks) = (sections, sections + 2 * 48);
     let extents = chunks + 8 * 64;
     let startup = extents + 8 * 16;
+    let reads = startup + 16 + 4;
+    let settings = reads + 2 * 16;
     let max = u64::MAX.to_le_bytes();
     let cases: &[(&str, usize, &[u8], &str)] = &[
         ("device of no bytes", 16, &[0; 8], "the device has 0 bytes"),
@@ -129,8 +154,14 @@ fn every_bound_is_checked() {
         ("extent behind its chunk", extents + 12, &[1, 16], "outside its chunk"),
         ("start-up extent behind its chunk", startup + 12, &[0, 32], "outside its chunk"),
         ("start-up order", startup + 16, &[200], "start-up order"),
-        ("read-ahead", startup + 20, &[1, 64], "start-up settings"),
-        ("two start-up settings", 64 * 6 + 16, &[4], "whole records"),
+        ("start-up read in no chunk", reads, &[8], "start-up read 0 is out of bounds"),
+        ("start-up read of no blocks", reads + 12, &[0; 4], "start-up read 0 is out of bounds"),
+        ("start-up read behind the largest file", reads + 8, &[252, 255, 255, 255], "start-up read 0 is out of bounds"),
+        ("start-up read without end", reads + 8, &[255; 8], "start-up read 0 is out of bounds"),
+        ("start-up read behind the device", reads + 16 + 8, &[255, 0], "start-up read 1 is out of bounds"),
+        ("a file's blocks as the device's", reads + 4, &[0, 0, 0, 0, 0, 1], "start-up read 0 is out of bounds"),
+        ("read-ahead", settings, &[1, 64], "start-up settings"),
+        ("two start-up settings", 64 * 7 + 16, &[4], "whole records"),
     ];
     for (what, at, new, expected) in cases {
         let mut bytes = sample();
@@ -153,7 +184,7 @@ proptest! {
         if !keep {
             bytes.truncate(cut.index(bytes.len()));
         }
-        let bytes = if bytes.len() > 64 * 7 { with_right_digests(bytes) } else { bytes };
+        let bytes = if bytes.len() > 64 * 8 { with_right_digests(bytes) } else { bytes };
         if let Ok(index) = Index::from_bytes(bytes) {
             walk(index);
         }

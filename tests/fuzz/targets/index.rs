@@ -4,12 +4,17 @@
 use std::sync::Arc;
 
 use firstread::chunk::Digest;
-use firstread::index::Index;
+use firstread::index::{BLOCK, Index, Place};
 use firstread::map::Map;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {
     let Ok(index) = Index::from_bytes(plausible(input)) else { return };
+    for read in index.startup_reads() {
+        assert!(index.chunk(read.chunk).is_some() && read.blocks > 0);
+        let end = (u64::from(read.first) + u64::from(read.blocks)) * u64::from(BLOCK);
+        assert!(end <= if read.place == Place::Device { index.device_bytes() } else { 1 << 44 });
+    }
     let map = Map::new(Arc::new(index));
     for (offset, len) in [(0, 1 << 20), (4095, 2), (1 << 30, 1 << 20), (u64::MAX - 10, 100)] {
         let mut at = 0;
@@ -29,7 +34,7 @@ fn plausible(input: &[u8]) -> Vec<u8> {
         return index;
     }
     index[..12].copy_from_slice(b"FRSTRDIX\x01\0\0\0");
-    let sections = usize::from(index[28] % 7);
+    let sections = usize::from(index[28] % 9);
     index[28..32].copy_from_slice(&[sections as u8, 0, 0, 0]);
     index[12..16].copy_from_slice(&(64 + 64 * sections as u32).to_le_bytes());
     for number in 0..sections {
