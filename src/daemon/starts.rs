@@ -34,6 +34,18 @@ const QUIET: Duration = Duration::from_secs(3);
 /// Longest start.
 const LONGEST: Duration = Duration::from_secs(300);
 
+/// Whether a start is laid into the page cache.
+#[derive(Debug, Default)]
+enum Laid {
+    /// The device is not mounted yet, as far as is known.
+    #[default]
+    Not,
+    /// It is being laid, or was.
+    On(Laying),
+    /// Somebody wanted the device to be let go.
+    Over,
+}
+
 /// A device's start.
 #[derive(Debug)]
 pub struct Start {
@@ -45,7 +57,7 @@ pub struct Start {
     raised: OnceLock<u32>,
     /// How long after its attach the program on it was ready.
     ready: OnceLock<Duration>,
-    laying: Mutex<Option<Laying>>,
+    laying: Mutex<Laid>,
 }
 
 impl Start {
@@ -75,19 +87,25 @@ impl Start {
 
     /// Lays the start of `index` into the page cache; the device, whose file system can't be written, is mounted now.
     pub fn lay(&self, index: &Arc<Index>, fetcher: &Arc<Fetcher>) {
-        self.laying.lock().get_or_insert_with(|| Laying::begin(&self.path, index, fetcher));
+        let mut laid = self.laying.lock();
+        if matches!(*laid, Laid::Not) {
+            *laid = Laid::On(Laying::begin(&self.path, index, fetcher));
+        }
     }
 
     /// Bytes that were laid into the page cache so far.
     #[must_use]
     pub fn laid_bytes(&self) -> u64 {
-        self.laying.lock().as_ref().map_or(0, Laying::bytes)
+        match &*self.laying.lock() {
+            Laid::On(laying) => laying.bytes(),
+            Laid::Not | Laid::Over => 0,
+        }
     }
 
     /// Nothing more is laid into the page cache, and nothing holds the device for that.
     pub async fn end_laying(&self) {
-        let laying = self.laying.lock().take();
-        if let Some(laying) = laying {
+        let laid = std::mem::replace(&mut *self.laying.lock(), Laid::Over);
+        if let Laid::On(laying) = laid {
             laying.end().await;
         }
     }
