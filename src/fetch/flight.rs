@@ -95,7 +95,8 @@ impl Flights {
 }
 
 impl Flights {
-    /// What becomes of the flight for `digest` that everybody shares, if there is one: for somebody who only looks.
+    /// What becomes of the flight for `digest` that everybody shares, if there is one. Nobody asks for anything by that, but the
+    /// flight counts as waited for.
     pub(super) fn look(&self, digest: Digest) -> Option<watch::Receiver<Progress>> {
         self.entries.lock().get(&(digest, Sharing::All)).map(|entry| entry.progress.clone())
     }

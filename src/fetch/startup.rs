@@ -60,6 +60,8 @@ impl Fetcher {
 impl Fetcher {
     /// Waits until a chunk that is on its way has come, or comes no more; nothing is fetched for that. Says whether a read
     /// of it waits for no source.
+    ///
+    /// A chunk of a stream's later rounds is not on its way yet.
     pub async fn arrival(&self, digest: Digest) -> bool {
         let Some(mut progress) = self.shared.flights.look(digest) else { return self.shared.pool.contains(&digest) };
         // Who asks before the pool has it still gets it from the flight.
