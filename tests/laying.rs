@@ -2,8 +2,14 @@
 //! mount and its device away is not held up by that.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/built.rs"]
+mod built;
+#[path = "common/ext4.rs"]
+mod ext4;
 #[path = "common/fault.rs"]
 mod fault;
+#[path = "common/nodes.rs"]
+mod nodes;
 #[path = "common/program.rs"]
 mod program;
 
@@ -14,7 +20,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use built::Layout;
 use fault::Fault;
+use firstread::index::Index;
 use firstread::profile::{Place, Profile};
 use program::{Node, same_files, wait_until};
 use rustix::io::{ReadWriteFlags, preadv2};
@@ -50,16 +58,20 @@ fn noise(seed: u64, len: u32) -> Vec<u8> {
 /// what `optimize` says.
 fn packed(node: &Node, source: &str, start: &[(&str, Range<u32>)]) -> (PathBuf, Value) {
     let (layout, profile) = (node.path().join("layout"), node.path().join("hot"));
-    let mut text =
-        json!({"firstread_profile": 1, "image": "x", "file_system": "ext4", "device_bytes": 4096, "seconds": 1, "complete": true})
-            .to_string();
+    let (plain, fast) = (format!("oci:{}:plain", layout.display()), reference(&layout));
+    let built = node.json(&["--quiet", "build", source, &plain]);
+    let index = Layout(layout.clone()).index(built["digest"].as_str().unwrap());
+    let device = Index::from_bytes(index).unwrap().device_digest().to_string();
+    let mut text = json!({
+        "firstread_profile": 1, "image": "x", "device": device, "file_system": "ext4", "device_bytes": 4096,
+        "seconds": 1, "complete": true,
+    })
+    .to_string();
     for (path, blocks) in start {
         let line = json!({"t": 0, "is": "file", "path": path, "from": blocks.start, "blocks": blocks.len()});
         text.push_str(&format!("\n{line}"));
     }
     fs::write(&profile, text).unwrap();
-    let (plain, fast) = (format!("oci:{}:plain", layout.display()), reference(&layout));
-    node.done(&["build", source, &plain, "--quiet"]);
     let optimized = node.json(&["--quiet", "optimize", &plain, &fast, "--profile", profile.to_str().unwrap()]);
     assert_eq!(optimized["startup"]["lost_blocks"], 0, "{optimized}");
     (layout, optimized)

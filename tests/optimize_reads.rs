@@ -11,7 +11,7 @@ mod nodes;
 #[path = "common/program.rs"]
 mod program;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 
@@ -70,6 +70,15 @@ fn has(chunk: &[u8], block: &[u8; BLOCK]) -> bool {
 struct Bed {
     node: Node,
     layout: Layout,
+    /// Of the device of `plain`.
+    device: String,
+}
+
+/// Where a start was recorded.
+#[derive(Clone, Copy)]
+enum Recorded {
+    Here,
+    Elsewhere,
 }
 
 impl Bed {
@@ -82,9 +91,11 @@ impl Bed {
             seq 4000 | (cd etc; xargs touch); head -c 5000 /dev/urandom > etc/two; head -c 100 /dev/urandom > etc/one; head -c 3000 /dev/urandom > etc/cold",
         );
         let layout = Layout(node.path().join("layout"));
-        let bed = Self { node, layout };
+        let mut bed = Self { node, layout, device: String::new() };
         let source = format!("dir:{}", bed.node.path().join("tree").display());
-        bed.node.done(&["build", &source, &bed.reference("plain"), "--quiet"]);
+        let built = bed.node.json(&["--quiet", "build", &source, &bed.reference("plain")]);
+        let index = Index::from_bytes(bed.layout.index(built["digest"].as_str().unwrap())).unwrap();
+        bed.device = index.device_digest().to_string();
         bed
     }
 
@@ -93,9 +104,14 @@ impl Bed {
     }
 
     /// Optimizes `plain` for this start; what is said of it.
-    fn optimize(&self, start: &[(&str, u32, u32)], to: &str, more: &[&str]) -> Value {
+    fn optimize(&self, start: &[(&str, u32, u32)], recorded: Recorded, to: &str, more: &[&str]) -> Value {
+        let device = match recorded {
+            Recorded::Here => &self.device,
+            Recorded::Elsewhere => "sha256:0000000000000000000000000000000000000000000000000000000000000000",
+        };
         let mut text = json!({
-            "firstread_profile": 1, "image": "x", "file_system": "ext4", "device_bytes": 4096, "seconds": 1, "complete": true,
+            "firstread_profile": 1, "image": "x", "device": device, "file_system": "ext4", "device_bytes": 4096,
+            "seconds": 1, "complete": true,
         })
         .to_string();
         for (path, from, blocks) in start {
@@ -165,11 +181,50 @@ impl Bed {
 #[test]
 fn start_up_reads_are_in_their_chunks_in_order_and_complete() {
     let bed = Bed::new();
-    let optimized = bed.optimize(&START, "fast", &[]);
+    let optimized = bed.optimize(&START, Recorded::Here, "fast", &[]);
     bed.check(&optimized, &START);
     // With chunks of that image, for a start that reads more.
     let more = [&START[..], &[("/usr/large", 20, 5), ("/usr/same", 200, 3)]].concat();
-    let reused = bed.optimize(&more, "faster", &["--reuse", &bed.reference("fast")]);
+    let reused = bed.optimize(&more, Recorded::Here, "faster", &["--reuse", &bed.reference("fast")]);
     assert!(reused["startup"]["kept_chunks"].as_u64() > Some(0), "{reused}");
     bed.check(&reused, &more);
+}
+
+#[test]
+fn of_a_large_file_that_changed_the_blocks_beside_are_hot_as_well() {
+    let bed = Bed::new();
+    let start = [
+        ("/usr/large", 1, 1),
+        ("/usr/large", 300, 2),
+        ("/usr/large", 511, 1),
+        ("/usr/whole", 9, 1),
+        ("/etc/two", 0, 1),
+    ];
+    // An earlier version in which all files are others.
+    shell(bed.node.path(), "mkdir other; head -c 9000 /dev/urandom > other/file");
+    let other = format!("dir:{}", bed.node.path().join("other").display());
+    bed.node.done(&["build", &other, &bed.reference("other"), "--quiet"]);
+    let changed = bed.optimize(&start, Recorded::Elsewhere, "changed", &["--reuse", &bed.reference("other")]);
+    // The last block of `large` is in a chunk of which nothing else is hot.
+    let wider = [
+        ("/usr/large", 0, 4),
+        ("/usr/large", 298, 6),
+        ("/usr/large", 509, 3),
+        ("/usr/whole", 7, 5),
+        ("/etc/two", 0, 1),
+    ];
+    bed.check(&changed, &wider);
+
+    // What did not change is read as it was, and where nobody says what did, everything is. What was recorded is in the same
+    // chunks each time.
+    let unchanged = bed.optimize(&start, Recorded::Elsewhere, "unchanged", &["--reuse", &bed.reference("plain")]);
+    let unknown = bed.optimize(&start, Recorded::Elsewhere, "unknown", &[]);
+    let chunks = |optimized: &Value| {
+        let index = Index::from_bytes(bed.layout.index(optimized["digest"].as_str().unwrap())).unwrap();
+        index.startup_order().map(|number| index.chunk(number).unwrap().digest).collect::<HashSet<_>>()
+    };
+    for optimized in [&unchanged, &unknown] {
+        bed.check(optimized, &start);
+        assert!(chunks(optimized).is_subset(&chunks(&changed)));
+    }
 }

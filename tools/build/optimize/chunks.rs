@@ -61,8 +61,13 @@ pub(super) fn form(
                 formed.places.insert((number, *offset), (job, position as u32 * BLOCK));
             }
         }
-        offsets.retain(|offset| !formed.places.contains_key(&(number, *offset)));
-        for group in offsets.chunks(CHUNK_BLOCKS - 1) {
+        let mut beside = chunk.beside.clone();
+        beside.sort_unstable();
+        beside.dedup();
+        for list in [&mut offsets, &mut beside] {
+            list.retain(|offset| !formed.places.contains_key(&(number, *offset)));
+        }
+        for group in offsets.chunks(CHUNK_BLOCKS - 1).chain(beside.chunks(CHUNK_BLOCKS - 1)) {
             let mut blocks: Vec<&[u8]> = group.iter().map(|offset| block(*offset)).collect();
             if blocks.iter().all(|block| is_zero(block)) {
                 // Zeros alone are no chunk: one of its blocks that are not goes along.

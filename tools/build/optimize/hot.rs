@@ -1,8 +1,9 @@
 //! What is hot: from the lines of a profile to blocks of chunks of an image, in the order in which a start needs them.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
-use crate::chunk::Digest;
+use crate::chunk::{CHUNK_SIZE, Digest};
 use crate::error::{Error, Result};
 use crate::ext4::{Names, ROOT, Run, Type};
 use crate::index::{BLOCK, Extent, Index};
@@ -31,6 +32,9 @@ pub(super) struct HotChunk {
     pub rank: u64,
     /// First bytes of its hot blocks. All of it, for metadata.
     pub offsets: Vec<u32>,
+    /// First bytes of further blocks, which may be needed where another version needed the ones above. They have hot chunks of
+    /// their own, so that those of the ones above are the same in both versions.
+    pub beside: Vec<u32>,
     /// Hot chunks that earlier images have of it, each as the first bytes of its blocks in order. What is in none of them
     /// gets a chunk of its own.
     pub kept: Vec<Vec<u32>>,
@@ -98,6 +102,7 @@ impl Finder<'_> {
 
     fn by_name(&mut self, profile: &Profile, names: &Names, same_device: bool) {
         let (by_path, by_inode) = (names.by_path(), names.by_inode());
+        let mut beside = Vec::new();
         for run in &profile.runs {
             self.rank += 1;
             match &run.place {
@@ -109,6 +114,11 @@ impl Finder<'_> {
                     let runs = by_inode.get(&names.inode(name)).map(Vec::as_slice).unwrap_or_default();
                     self.lookup(names, &by_inode, name);
                     let is_file = names.kind(name) == Some(Type::File);
+                    if is_file && !same_device {
+                        for (first, blocks) in sides(runs, *from, run.blocks) {
+                            beside.extend(device_blocks(runs, first, blocks).flatten());
+                        }
+                    }
                     for block in device_blocks(runs, *from, run.blocks) {
                         match block {
                             Some(block) if is_file => self.data(block),
@@ -124,6 +134,9 @@ impl Finder<'_> {
                     }
                 }
             }
+        }
+        for block in beside {
+            self.beside(block);
         }
     }
 
@@ -171,6 +184,18 @@ impl Finder<'_> {
         }
     }
 
+    /// A block of data may be needed along with others of its chunk.
+    fn beside(&mut self, block: u32) {
+        let Some((extent, offset)) = self.place(block) else { return };
+        // A chunk without anything that is needed is left to be missed.
+        if let Some(chunk) = self.hot.chunks.get_mut(&extent.chunk)
+            && let Entry::Vacant(free) = self.hot.blocks.entry(block)
+        {
+            free.insert((extent.chunk, offset));
+            chunk.beside.push(offset);
+        }
+    }
+
     /// The ordinary extent of a block, and the block's first byte in the chunk.
     fn place(&self, block: u32) -> Option<(Extent, u32)> {
         let extent = self.index.extents().at_or_after(block).filter(|extent| extent.block <= block)?;
@@ -188,6 +213,23 @@ impl Finder<'_> {
         }
         kinds.into_iter().filter(|(_, has_file)| !has_file).map(|(chunk, _)| chunk).collect()
     }
+}
+
+/// Blocks to either side of what a start of another version read of a large file that are hot as well. What a program needs of
+/// a new release lies a page or two beside the old places: of node's, python's and redis' hot blocks, with the libraries new
+/// as well, 4 to 6% are missed without this, and 0 to 4% with it, in a pack that is a sixth larger.
+const BESIDE: u32 = 2;
+
+/// What lies beside a part of a file, each as first block and blocks.
+fn sides(runs: &[Run], from: u32, blocks: u32) -> [(u32, u32); 2] {
+    let size = runs.last().map_or(0, |run| run.file_block.saturating_add(run.blocks));
+    let end = from.saturating_add(blocks);
+    // A small file is read whole, or has little to be missed.
+    if size <= CHUNK_SIZE / BLOCK || end > size {
+        return [(from, 0), (end, 0)];
+    }
+    let before = BESIDE.min(from);
+    [(from - before, before), (end, BESIDE.min(size - end))]
 }
 
 /// The device blocks of a file's blocks; `None` for one that the file does not have. `runs` are in the file's order.

@@ -3,6 +3,9 @@
 //! Two starts never read the very same blocks, and one block more or less makes another chunk of all of them. So a hot
 //! chunk that an earlier version has stays what it is as long as the start needs half of its blocks; what the start needs
 //! besides it gets a hot chunk of its own. A node that ran the earlier version then has all but that.
+//!
+//! Where a profile of an earlier version is applied, these images also say which files changed: of those what lies beside the
+//! places in the profile is hot as well.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -20,6 +23,8 @@ const MAX_SHAPES: usize = 64;
 pub(super) struct Earlier {
     /// First bytes in the ordinary chunk, in the hot chunk's order.
     shapes: HashMap<Digest, Vec<Vec<u32>>>,
+    /// Their ordinary chunks.
+    ordinary: HashSet<Digest>,
 }
 
 impl Earlier {
@@ -37,14 +42,14 @@ impl Earlier {
                 }
             }
         }
-        let ordinary: HashSet<Digest> =
-            index.extents().iter().filter_map(|extent| index.chunk(extent.chunk)).map(|chunk| chunk.digest).collect();
+        let ordinary = index.extents().iter().filter_map(|extent| index.chunk(extent.chunk)).map(|chunk| chunk.digest);
+        self.ordinary.extend(ordinary);
         for number in index.startup_order() {
             let Some(hot) = index.chunk(number) else { continue };
             let blocks = || (0..hot.plain_len).step_by(BLOCK as usize);
             let (of, shape) = match parts.get(&number) {
                 // Hot as a whole.
-                None if ordinary.contains(&hot.digest) => (hot.digest, blocks().collect()),
+                None if self.ordinary.contains(&hot.digest) => (hot.digest, blocks().collect()),
                 None => continue,
                 Some(parts) => {
                     // All of its blocks are known, and of one chunk.
@@ -74,6 +79,10 @@ impl Earlier {
         }
         for (&number, chunk) in &mut hot.chunks {
             let Some(ordinary) = index.chunk(number) else { continue };
+            // What did not change is read as it was. Without an earlier version nobody knows what did.
+            if self.ordinary.is_empty() || self.ordinary.contains(&ordinary.digest) {
+                chunk.beside.clear();
+            }
             let shapes = self.shapes.get(&ordinary.digest).map(Vec::as_slice).unwrap_or_default();
             let mut wanted: HashSet<u32> = chunk.offsets.iter().copied().collect();
             for shape in shapes {
