@@ -33,9 +33,6 @@ pub trait Media: Send + Sync {
         self.read(offset, buf)
     }
 
-    /// Says that a range will be read soon, so that the system may begin with it. Nothing follows from it but speed.
-    fn will_need(&self, _offset: u64, _len: u64) {}
-
     /// Writes all of `bytes` at `offset`, growing the medium when needed.
     ///
     /// # Errors
@@ -89,12 +86,6 @@ impl Media for File {
             }
             outcome => outcome,
         }
-    }
-
-    /// `POSIX_FADV_WILLNEED`, posix_fadvise(2).
-    fn will_need(&self, offset: u64, len: u64) {
-        // It is advice: a system that does not take it reads when it is asked to.
-        let _ = rustix::fs::fadvise(self, offset, NonZeroU64::new(len), Advice::WillNeed);
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
@@ -176,10 +167,6 @@ impl Media for ReadOnly {
         self.file.read_medium(offset, buf)
     }
 
-    fn will_need(&self, offset: u64, len: u64) {
-        self.file.will_need(offset, len);
-    }
-
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.writable()?.write(offset, bytes)
     }
@@ -225,10 +212,6 @@ impl Media for Extents {
 
     fn read_medium(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_medium(offset, buf)
-    }
-
-    fn will_need(&self, offset: u64, len: u64) {
-        self.0.will_need(offset, len);
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {

@@ -23,9 +23,6 @@ const BATCH_BYTES: u64 = 16 * CHUNK_MAX as u64;
 /// Most tickets, 8 bytes each: those of 256 GiB in chunks of the usual size.
 const MAX_TICKETS: u32 = 1 << 20;
 
-/// Most plain bytes of a start-up pack that are read from the disk ahead of a start.
-const AHEAD_BYTES: u64 = 128 << 20;
-
 /// Pieces that one question for residence looks at.
 const RESIDENCE_PIECES: usize = 1 << 16;
 
@@ -93,18 +90,9 @@ impl ImageDevice {
     }
 
     /// Fetches what its start needs before anybody reads it: the start-up stream, or of an image without a start-up pack
-    /// everything, behind its readers, while the device exists. What of a start-up pack is here already is read from the disk
-    /// ahead of the start. Runs on a tokio runtime.
+    /// everything, behind its readers, while the device exists. Runs on a tokio runtime.
     pub fn prefetch(&self, prefetch: Prefetch) {
         let index = self.map.index();
-        if index.startup_order().len() > 0 {
-            let (pool, index) = (Arc::clone(&self.pool), Arc::clone(index));
-            // Nobody waits for it.
-            drop(tokio::task::spawn_blocking(move || {
-                let chunks = index.startup_order().filter_map(|number| index.chunk(number));
-                pool.read_ahead(chunks.map(|chunk| chunk.digest), AHEAD_BYTES);
-            }));
-        }
         match (prefetch, index.startup_order().len() > 0) {
             (Prefetch::Startup | Prefetch::All, true) => self.fetcher.start_up(&self.origin, index),
             (Prefetch::All, false) => {

@@ -18,7 +18,6 @@
 //! Eviction (`bound`, `clock`) takes place in [`Pool::admit`], before room is taken for a chunk.
 
 mod admit;
-mod ahead;
 mod bound;
 mod claims;
 mod clock;

@@ -173,11 +173,6 @@ impl Slab {
         self.media.read(offset, buf)
     }
 
-    /// See [`Media::will_need`].
-    pub fn will_need(&self, offset: u64, len: u64) {
-        self.media.will_need(offset, len);
-    }
-
     /// See [`Media::read_medium`].
     pub fn read_medium(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.media.read_medium(offset, buf)
